@@ -1,0 +1,36 @@
+# The two commands of a newcomer are `make run` and `make test`; the rest is in the README.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+export DVC_NO_ANALYTICS := 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: run test check ui lock clean-env
+
+run: $(STAMP)
+	@loupe run $(if $(DATA),--data '$(DATA)') $(foreach change,$(SET),--set '$(change)')
+
+test: $(STAMP)
+	pytest
+
+check: $(STAMP)
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+
+ui: $(STAMP)
+	@loupe ui
+
+# The environment is made once, and again where the lock file has changed.
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or later is needed; name one with make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# Resolve the lock file anew; `uv` is needed for this alone.
+lock:
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --upgrade \
+	  --custom-compile-command 'make lock' --extra dev --output-file requirements.txt pyproject.toml

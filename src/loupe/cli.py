@@ -1,0 +1,173 @@
+"""From a folder of images to a promoted classifier and anomaly detector."""
+
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from ruamel.yaml import YAML
+
+from loupe.config import load_params, parse_params
+from loupe.errors import ConfigError, LoupeError
+from loupe.stages.entry import TRACEBACK_VARIABLE, run_stage
+
+PARAMS = Path("params.yaml")
+LOOPBACK = "127.0.0.1"
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+
+@app.command()
+def run(
+    data: Annotated[str | None, typer.Option(help="A folder of images; kept as ingest.source in params.yaml.")] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", "-S", help="A param, such as fetch.fraction=1.0; kept in params.yaml.")
+    ] = None,
+) -> None:
+    """Run the main job: every stage that is not up to date, promotion, summary."""
+    changes = dict(_parse_change(one) for one in change or [])
+    if data is not None:
+        changes["ingest.source"] = _check_source(data, changes)
+    change_params(PARAMS, changes)
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", "pipelines.training"], {**os.environ, **_build_settings()})
+
+
+def _parse_change(text: str) -> tuple[str, Any]:
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise ConfigError(f"--set takes key=value, such as fetch.fraction=1.0; got {text!r}")
+    return key, YAML(typ="safe").load(value)
+
+
+def _check_source(data: str, changes: dict[str, Any]) -> str:
+    """Refuse a folder that can't be ingested before anything is touched."""
+    from loupe.data.sources import list_images  # pandas takes a second
+
+    layout = changes.get("ingest.layout") or load_params(PARAMS).ingest.layout
+    path = Path(data).expanduser()
+    list_images(path, layout)
+    return path.as_posix()
+
+
+def change_params(path: Path, changes: dict[str, Any]) -> None:
+    """Write params.yaml anew, comments and all, if it is as it should be after the changes.
+
+    Args:
+        changes: values by dotted key.
+
+    Raises:
+        ConfigError: if it is not; the file is then left as it was.
+    """
+    load_params(path)
+    if not changes:
+        return
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 200
+    values = yaml.load(path)
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        section = values
+        for parent in parents:
+            section = section.get(parent)
+            if not isinstance(section, dict):
+                raise ConfigError(f"{path} has no section {parent!r}, which {key} would be in")
+        section[last] = value
+    text = io.StringIO()
+    yaml.dump(values, text)
+    parse_params(YAML(typ="safe").load(text.getvalue()), str(path))
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(text.getvalue(), encoding="utf-8")
+    unfinished.replace(path)
+    typer.echo(f"{path} now has {', '.join(f'{key}: {value}' for key, value in changes.items())}")
+
+
+def _build_settings() -> dict[str, str]:
+    """Environment of what is run from here: nothing is told to anyone, and log lines are short."""
+    return {
+        "DVC_NO_ANALYTICS": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_LOGGING_FORMATTERS_STANDARD_FLOW_RUN_FMT": "%(asctime)s  %(message)s",
+        "PREFECT_LOGGING_FORMATTERS_STANDARD_TASK_RUN_FMT": "%(asctime)s  %(task_name)s  %(message)s",
+    }
+
+
+@app.command()
+def promote() -> None:
+    """Register what was trained, and decide who is champion."""
+    from loupe.promotion import promote as promote_models  # torch and mlflow take seconds
+
+    run_stage(promote_models)
+
+
+@app.command()
+def ui(
+    mlflow_port: Annotated[int, typer.Option(help="Port of MLflow's page.")] = 5000,
+    prefect_port: Annotated[int, typer.Option(help="Port of Prefect's page.")] = 4200,
+) -> None:
+    """Open MLflow's and Prefect's pages over what was run, on loopback, until interrupted."""
+    store = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    commands = {
+        mlflow_port: [
+            "mlflow",
+            "server",
+            "--host",
+            LOOPBACK,
+            "--port",
+            str(mlflow_port),
+            "--backend-store-uri",
+            store,
+            "--workers",
+            "1",
+        ],
+        prefect_port: ["prefect", "server", "start", "--host", LOOPBACK, "--port", str(prefect_port)],
+    }
+    for port in commands:
+        _check_port(port)
+    binaries, environment = Path(sys.executable).parent, {**os.environ, **_build_settings()}
+    servers = [
+        subprocess.Popen([str(binaries / program), *arguments], env=environment, start_new_session=True)
+        for program, *arguments in commands.values()
+    ]
+    typer.echo(
+        f"MLflow: http://{LOOPBACK}:{mlflow_port}  Prefect: http://{LOOPBACK}:{prefect_port}  (Ctrl-C ends both)"
+    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while all(server.poll() is None for server in servers):
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        return
+    finally:
+        for server in servers:
+            if server.poll() is None:
+                os.killpg(server.pid, signal.SIGTERM)
+    raise LoupeError("one of the two servers ended by itself; its last lines are above")
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        if probe.connect_ex((LOOPBACK, port)) == 0:
+            raise LoupeError(f"port {port} is taken: choose another with --mlflow-port or --prefect-port")
+
+
+def main() -> None:
+    """Entry point: an error is one sentence, with its traceback only where LOUPE_TRACEBACK asks for it."""
+    try:
+        app()
+    except LoupeError as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""The typed form of params.yaml: frozen and strict, one section a stage.
+
+A value may stand at `auto` where the data and the device decide; the stage that decides says so in its log.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+from loupe.errors import ConfigError
+
+Auto = Literal["auto"]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A part of params.yaml. Unknown keys fail, and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Fetch(Section):
+    """The built-in data set: which stratified part of its 70,000 images is taken; 1.0 takes all."""
+
+    fraction: Annotated[float, Field(gt=0, le=1)]
+
+
+class Ingest(Section):
+    """Where the images are, and how their folder is to be read."""
+
+    source: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    layout: Literal["auto", "class_folders", "split_folders", "mvtec"]
+
+
+class Validate(Section):
+    """What the data must satisfy before anything is trained on it. Sides are in pixels."""
+
+    min_side: PositiveInt
+    max_side: PositiveInt
+    max_aspect: Annotated[float, Field(ge=1)]
+    max_bad_fraction: Fraction
+
+    @model_validator(mode="after")
+    def _sides_are_ordered(self) -> Self:
+        if self.min_side > self.max_side:
+            raise ValueError(f"min_side must be at most max_side, got {self.min_side} and {self.max_side}")
+        return self
+
+
+class Split(Section):
+    """How images without a given split are divided, and which labels count as normal where they occur."""
+
+    val_fraction: Annotated[float, Field(gt=0, lt=1)]
+    calibration_fraction: Annotated[float, Field(gt=0, lt=1)]
+    test_fraction: Annotated[float, Field(gt=0, lt=1)]
+    normal_labels: list[str]
+
+    @model_validator(mode="after")
+    def _something_is_left_to_train_on(self) -> Self:
+        held_out = self.val_fraction + self.calibration_fraction + self.test_fraction
+        if held_out >= 1:
+            raise ValueError(f"val, calibration and test fractions must sum to less than 1, got {held_out:g}")
+        return self
+
+
+class PrepareTask(Section):
+    """The size a model sees, in pixels, and how an image is brought to it."""
+
+    input_size: Annotated[int, Field(ge=16, le=2048)] | Auto
+    fit: Literal["crop", "squash"] | Auto
+
+
+class Prepare(Section):
+    """Decoding and resizing, once for each kind of model."""
+
+    classifier: PrepareTask
+    detector: PrepareTask
+
+
+Policy = str | list[dict[str, Any]]
+
+
+class Augment(Section):
+    """The augmentation policy of each kind of model: a name, or albumentations transforms written out."""
+
+    classifier: Policy
+    detector: Policy
+
+
+class TrainClassifier(Section):
+    """Fine-tuning of a pretrained backbone: first the head alone, then the whole at a smaller rate."""
+
+    backbone: str
+    weights: str
+    head_epochs: PositiveInt
+    head_learning_rate: PositiveFloat
+    epochs: Annotated[int, Field(ge=0)] | Auto
+    batch_size: PositiveInt | Auto
+    learning_rate: PositiveFloat
+    weight_decay: Annotated[float, Field(ge=0)]
+    label_smoothing: Fraction
+    patience: PositiveInt
+
+
+class TrainDetector(Section):
+    """The undercomplete autoencoder and its threshold at a stated rate of false alarms."""
+
+    model: Literal["autoencoder"]
+    width: PositiveInt
+    latent_channels: PositiveInt
+    epochs: PositiveInt | Auto
+    batch_size: PositiveInt | Auto
+    learning_rate: PositiveFloat
+    patience: PositiveInt
+    false_alarm_rate: Annotated[float, Field(gt=0, lt=1)]
+
+
+class EvaluateClassifier(Section):
+    """What the evaluation shows beside its figures."""
+
+    num_pictures: PositiveInt
+
+
+class EvaluateDetector(Section):
+    """What the evaluation shows beside its figures."""
+
+    num_pictures: PositiveInt
+
+
+class PromoteTask(Section):
+    """A version below `floor` is never promoted; a later one must beat the champion by more than `margin`."""
+
+    floor: float
+    margin: Annotated[float, Field(ge=0)]
+
+
+class Promote(Section):
+    """The floors of promotion: accuracy for the classifier, image AUROC for the detector."""
+
+    classifier: PromoteTask
+    detector: PromoteTask
+
+
+class Pipeline(Section):
+    """How stages are run."""
+
+    stage_timeout_seconds: PositiveInt
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    fetch: Fetch
+    ingest: Ingest
+    validate_: Annotated[Validate, Field(alias="validate")]
+    split: Split
+    prepare: Prepare
+    augment: Augment
+    train_classifier: TrainClassifier
+    evaluate_classifier: EvaluateClassifier
+    train_detector: TrainDetector
+    evaluate_detector: EvaluateDetector
+    promote: Promote
+    pipeline: Pipeline
+
+
+def load_params(path: Path = Path("params.yaml")) -> Params:
+    """Read and check params.yaml.
+
+    Raises:
+        ConfigError: if the file is missing, is not YAML, or holds an unknown key or an impossible value.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read ({error.strerror}): run this in the folder that holds it") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    return parse_params(values, str(path))
+
+
+def parse_params(values: object, where: str = "params.yaml") -> Params:
+    """Check values that were read from `where`.
+
+    Raises:
+        ConfigError: with one sentence for each key or value that is not allowed.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} must hold sections of keys and values, got {type(values).__name__}")
+    try:
+        return Params.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{where}: {_describe_problems(error, values)}") from error
+
+
+def _describe_problems(error: pydantic.ValidationError, values: dict[str, Any]) -> str:
+    """One clause a key; the alternatives of a union are joined by `or`."""
+    expected: dict[str, list[str]] = {}
+    for problem in error.errors():
+        key, value, known = _locate(problem["loc"], values)
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key.rpartition(".")[2], known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+            expected[f"{key} is not a known key{hint}"] = []
+        elif problem["type"] == "missing":
+            expected[f"{key} is missing"] = []
+        else:
+            wanted = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            got = f", got {value!r}" if not problem["msg"].startswith("Value error") else ""
+            expected.setdefault(f"{key} must be |{got}" if got else f"{key}: |", []).append(wanted)
+    return "; ".join(clause.replace("|", " or ".join(wanted)) for clause, wanted in expected.items())
+
+
+def _locate(location: tuple[int | str, ...], values: dict[str, Any]) -> tuple[str, object, list[str]]:
+    """The dotted key of a problem, the value there, and the keys its section knows."""
+    keys: list[str] = []
+    value: object = values
+    model: type[BaseModel] | None = Params
+    known: list[str] = []
+    for part in location:
+        if model is None:
+            break
+        fields = {field.alias or name: field for name, field in model.model_fields.items()}
+        known = sorted(fields)
+        keys.append(str(part))
+        value = value.get(part) if isinstance(value, dict) else value
+        annotation = fields[str(part)].annotation if str(part) in fields else None
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return ".".join(keys), value, known

@@ -1,0 +1,1 @@
+"""Images on disk: sources, manifest, expectations, split, preparation, augmentation and loading."""

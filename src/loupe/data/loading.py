@@ -1,0 +1,91 @@
+"""Feeding prepared images to training: augmented by (seed, epoch, image), whatever the number of workers."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import albumentations as A
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from loupe.data.transforms import augment_image
+
+Batch = tuple[UInt8[Tensor, "batch channels height width"], Int64[Tensor, " batch"]]
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Yields (epoch, position): the epoch travels with each position, so that workers need no shared state."""
+
+    def __init__(self, num_images: int, seed: int, shuffle: bool) -> None:
+        self.num_images = num_images
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        positions = np.arange(self.num_images)
+        if self.shuffle:
+            np.random.default_rng((self.seed, self.epoch)).shuffle(positions)
+        return ((self.epoch, int(position)) for position in positions)
+
+
+class PreparedDataset(Dataset[Batch]):
+    """Images and targets, fetched a batch at a time."""
+
+    def __init__(
+        self,
+        images: UInt8[np.ndarray, "num_all height width channels"],
+        rows: Int64[np.ndarray, " num_images"],
+        targets: Int64[np.ndarray, " num_images"],
+        augmentation: A.Compose | None,
+        seed: int,
+    ) -> None:
+        self.images = images
+        self.rows = rows
+        self.targets = torch.from_numpy(targets)
+        self.augmentation = augmentation
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
+        positions = np.array([position for _, position in keys])
+        images = self.images[self.rows[positions]]
+        if self.augmentation is not None:
+            images = np.stack(
+                [
+                    augment_image(self.augmentation, image, (self.seed, *key))
+                    for image, key in zip(images, keys, strict=True)
+                ]
+            )
+        batch = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+        return batch, self.targets[torch.from_numpy(positions)]
+
+
+def build_loader(dataset: PreparedDataset, batch_size: int, shuffle: bool, num_workers: int) -> DataLoader[Batch]:
+    """A loader whose order and augmentation follow from the dataset's seed and the epoch alone."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=EpochSampler(len(dataset), dataset.seed, shuffle),
+        collate_fn=_keep,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        drop_last=shuffle and len(dataset) >= 2 * batch_size,
+    )
+
+
+def _keep(batch: Any) -> Any:
+    """The dataset has collated the batch itself."""
+    return batch

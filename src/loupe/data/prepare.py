@@ -1,0 +1,159 @@
+"""Decoding every image once: choosing a geometry, and writing all images of a task into one .npy array."""
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from jaxtyping import UInt8
+from numpy.lib.format import open_memmap
+
+from loupe.data.images import GREY_MODES, Geometry, fit_image, open_image
+from loupe.data.manifest import load_table, save_table
+
+ELONGATED = 1.6  # above this aspect a central crop would lose too much
+SMALLEST_INPUT = 64  # a stride of 32 leaves a 2x2 map of it
+SMALLEST_RECONSTRUCTION, LARGEST_RECONSTRUCTION = 32, 128
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Images of one task. Row i of `images` is row i of `index` (image_id, label, split, mask_row, path).
+
+    `masks` has a row for each image with a mask (`mask_row` points there, -1 where there is none), 1 where anomalous.
+    """
+
+    images: UInt8[np.ndarray, "num_images height width channels"]
+    masks: UInt8[np.ndarray, "num_masks height width"]
+    index: pd.DataFrame
+    geometry: Geometry
+
+    def rows_of(self, split: str) -> np.ndarray:
+        """Positions of a split's images."""
+        return np.flatnonzero(self.index["split"].eq(split))
+
+
+def choose_classifier_geometry(
+    rows: pd.DataFrame,
+    input_size: int | None,
+    fit: Literal["crop", "squash"] | None,
+    native_size: int,
+    crop_fraction: float,
+    interpolation: str,
+) -> Geometry:
+    """Photos get the backbone's own size and crop; small images twice their side, enlarged only on the device.
+
+    Args:
+        rows: manifest rows of the task; width, height and mode are looked at.
+        input_size: side of the network's input; None chooses.
+        fit: None crops, unless the images are elongated.
+        native_size: side the backbone was pretrained at.
+        crop_fraction: part of the prepared side that the central crop keeps.
+        interpolation: a name of `images.RESAMPLING`.
+    """
+    side = int(rows[["width", "height"]].min(axis=1).median())
+    if input_size is None:
+        input_size = max(SMALLEST_INPUT, min(native_size, -(-2 * side // 32) * 32))
+    aspect = (rows[["width", "height"]].max(axis=1) / rows[["width", "height"]].min(axis=1)).median()
+    fit = fit or ("squash" if aspect > ELONGATED else "crop")
+    with_margin = round(input_size / crop_fraction)
+    prepared = with_margin if fit == "crop" and side >= with_margin else min(side, input_size)
+    crop = min(prepared, input_size)
+    return _square(rows, prepared, crop, input_size, fit, interpolation)
+
+
+def choose_detector_geometry(
+    rows: pd.DataFrame, input_size: int | None, fit: Literal["crop", "squash"] | None
+) -> Geometry:
+    """All of the image is kept, as defects may lie at a border; the side is a multiple of 16, at most 128 by itself."""
+    side = int(rows[["width", "height"]].min(axis=1).median())
+    if input_size is None:
+        input_size = min(LARGEST_RECONSTRUCTION, max(SMALLEST_RECONSTRUCTION, -(-side // 16) * 16))
+    prepared = min(side, input_size)
+    return _square(rows, prepared, prepared, input_size, fit or "squash", "bilinear")
+
+
+def _square(
+    rows: pd.DataFrame, prepared: int, crop: int, input_size: int, fit: Literal["crop", "squash"], interpolation: str
+) -> Geometry:
+    return Geometry(
+        height=prepared,
+        width=prepared,
+        channels=1 if rows["mode"].isin(GREY_MODES).all() else 3,
+        crop_height=crop,
+        crop_width=crop,
+        input_height=input_size,
+        input_width=input_size,
+        fit=fit,
+        interpolation=interpolation,
+    )
+
+
+def prepare_images(root: Path, rows: pd.DataFrame, geometry: Geometry, folder: Path) -> None:
+    """Write `folder` with images.npy, masks.npy, index.parquet and geometry.json.
+
+    Args:
+        root: the source folder.
+        rows: image_id, label, split, path and mask_path of the task's images, one row a content.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = rows.sort_values("image_id").reset_index(drop=True)
+    masked = rows["mask_path"].notna()
+    _fill_array(
+        folder / "images.npy",
+        list(rows["path"]),
+        (geometry.height, geometry.width, geometry.channels),
+        lambda path: fit_image(open_image(root / path), geometry),
+    )
+    _fill_array(
+        folder / "masks.npy",
+        list(rows.loc[masked, "mask_path"]),
+        (geometry.height, geometry.width),
+        lambda path: _fit_mask(root / path, geometry),
+    )
+    index = rows[["image_id", "label", "split", "path"]].assign(
+        mask_row=np.where(masked, masked.cumsum() - 1, -1).astype(np.int64)
+    )
+    save_table(index, folder / "index.parquet")
+    (folder / "geometry.json").write_text(json.dumps(geometry.to_json(), indent=2) + "\n")
+
+
+def _fill_array(
+    path: Path, sources: Sequence[str], shape: tuple[int, ...], make_row: Callable[[str], UInt8[np.ndarray, "..."]]
+) -> None:
+    """Write an array row by row through a memory map, so that memory stays bounded whatever the number of images."""
+    unfinished = path.with_suffix(".unfinished")
+    if not sources:  # a memory map can't be empty
+        with unfinished.open("wb") as file:
+            np.save(file, np.empty((0, *shape), np.uint8))
+    else:
+        array = open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=(len(sources), *shape))
+
+        def fill(row: int) -> None:
+            array[row] = make_row(sources[row])
+
+        with ThreadPoolExecutor() as pool:
+            for _ in pool.map(fill, range(len(sources)), chunksize=64):
+                pass
+        array.flush()
+    unfinished.replace(path)
+
+
+def _fit_mask(path: Path, geometry: Geometry) -> UInt8[np.ndarray, "height width"]:
+    """1 where any of the mask falls: smoothing would lose defects thinner than a pixel."""
+    grey = Geometry(**{**geometry.to_json(), "channels": 1, "interpolation": "bilinear"})
+    return (fit_image(open_image(path), grey)[:, :, 0] > 0).astype(np.uint8)
+
+
+def load_prepared(folder: Path) -> Prepared:
+    """Open what `prepare_images` wrote; images stay on disk until they are read."""
+    return Prepared(
+        images=np.load(folder / "images.npy", mmap_mode="r"),
+        masks=np.load(folder / "masks.npy"),
+        index=load_table(folder / "index.parquet"),
+        geometry=Geometry(**json.loads((folder / "geometry.json").read_text())),
+    )

@@ -1,0 +1,138 @@
+"""Augmentation policies for albumentations, by name or written out, and the contact sheet that shows them."""
+
+import difflib
+import inspect
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for a newer release
+
+import albumentations as A
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from loupe.data.images import Geometry
+from loupe.errors import ConfigError
+
+Spec = dict[str, Any]
+
+POLICIES: dict[str, list[Spec]] = {
+    "none": [],
+    # Small centred objects: mirror, and move by a pixel or two.
+    "light": [
+        {"name": "HorizontalFlip", "p": 0.5},
+        {"name": "Affine", "translate_percent": 0.07, "scale": (0.93, 1.07), "rotate": (-5, 5), "p": 0.8},
+    ],
+    # Photos: framing, mirror, light and colour.
+    "photo": [
+        {"name": "RandomResizedCrop", "scale": (0.5, 1.0), "ratio": (0.8, 1.25), "p": 1.0},
+        {"name": "HorizontalFlip", "p": 0.5},
+        {"name": "ColorJitter", "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.02, "p": 0.8},
+    ],
+    # Fixed cameras: how a part lies and is lit varies a little; nothing that could hide or fake a defect.
+    "inspection": [
+        {"name": "Affine", "translate_percent": 0.02, "rotate": (-2, 2), "border_mode": 4, "p": 0.8},
+        {"name": "RandomBrightnessContrast", "brightness_limit": 0.05, "contrast_limit": 0.05, "p": 0.5},
+    ],
+}
+SMALL_SIDE = 64
+SHEET_TILE, SHEET_GAP = 96, 4
+
+
+def choose_policy(policy: str | list[Spec], task: str, geometry: Geometry) -> tuple[str, list[Spec]]:
+    """Resolve a policy to its name and its transforms, with sizes filled in from the geometry.
+
+    Raises:
+        ConfigError: if no policy has that name.
+    """
+    if isinstance(policy, list):
+        name, specs = "custom", policy
+    else:
+        name = _choose_name(task, geometry) if policy == "auto" else policy
+        if name not in POLICIES:
+            raise ConfigError(
+                f"augment.{task}: no policy is named {name!r}; expected auto, {', '.join(POLICIES)}, "
+                "or a list of transforms"
+            )
+        specs = POLICIES[name]
+    return name, [_fill_size(spec, geometry) for spec in specs]
+
+
+def _choose_name(task: str, geometry: Geometry) -> str:
+    if task == "detector":
+        return "inspection"
+    return "light" if min(geometry.height, geometry.width) < SMALL_SIDE else "photo"
+
+
+def _fill_size(spec: Spec, geometry: Geometry) -> Spec:
+    transform = getattr(A, str(spec.get("name")), None)
+    takes_size = inspect.isclass(transform) and "size" in inspect.signature(transform.__init__).parameters
+    return {"size": (geometry.height, geometry.width), **spec} if takes_size else dict(spec)
+
+
+def build_augmentation(specs: Sequence[Spec]) -> A.Compose:
+    """Make the transforms.
+
+    Raises:
+        ConfigError: if albumentations has no such transform, or the transform no such argument.
+    """
+    return A.Compose([_build_transform(spec) for spec in specs])
+
+
+def _build_transform(spec: Spec) -> A.BasicTransform:
+    name = spec.get("name")
+    transform = getattr(A, str(name), None)
+    if not (inspect.isclass(transform) and issubclass(transform, A.BasicTransform)):
+        near = difflib.get_close_matches(str(name), dir(A), n=3)
+        raise ConfigError(f"augment: albumentations has no transform {name!r}; nearest: {', '.join(near) or 'none'}")
+    arguments = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in spec.items() if key != "name"
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # unknown arguments are only warned about, then dropped
+        try:
+            return transform(**arguments)
+        except (UserWarning, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"augment: {name} does not take these arguments: {' '.join(str(error).split())}"
+            ) from error
+
+
+def augment_image(
+    augmentation: A.Compose, image: UInt8[np.ndarray, "height width channels"], seed: Sequence[int]
+) -> UInt8[np.ndarray, "height width channels"]:
+    """Augment one image. The same seed gives the same result, in whatever process and order."""
+    augmentation.set_random_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    augmented: np.ndarray = augmentation(image=image)["image"]
+    return augmented.reshape(image.shape)
+
+
+def draw_contact_sheet(
+    images: Sequence[UInt8[np.ndarray, "height width channels"]],
+    augmentation: A.Compose,
+    seed: int,
+    num_versions: int = 7,
+) -> Image.Image:
+    """Each row shows an original (left) beside augmented versions of it."""
+    rows = [
+        [image] + [augment_image(augmentation, image, (seed, version, row)) for version in range(num_versions)]
+        for row, image in enumerate(images)
+    ]
+    step = SHEET_TILE + SHEET_GAP
+    sheet = Image.new("RGB", (step * (num_versions + 1) + 2 * SHEET_GAP, step * len(rows) + SHEET_GAP), "white")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            left = SHEET_GAP + x * step + (SHEET_GAP if x else 0)
+            sheet.paste(_to_tile(image), (left, SHEET_GAP + y * step))
+    return sheet
+
+
+def _to_tile(image: UInt8[np.ndarray, "height width channels"]) -> Image.Image:
+    tile = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).convert("RGB")
+    return tile.resize(
+        (SHEET_TILE, SHEET_TILE),
+        Image.Resampling.NEAREST if tile.width < SHEET_TILE // 2 else Image.Resampling.BILINEAR,
+    )

@@ -1,0 +1,113 @@
+"""Pictures for people: confusion matrix, curves, histogram of scores, heat maps."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int64, UInt8
+from matplotlib.figure import Figure
+
+RED, BLUE, GREY = "#c0392b", "#2c6fbb", "#777777"
+
+
+def draw_confusion(counts: Int64[np.ndarray, "num_labels num_labels"], labels: Sequence[str]) -> Figure:
+    """A row a true label, shaded by the part of that row."""
+    side = max(4.5, 0.55 * len(labels) + 2)
+    figure = Figure(figsize=(side, side), layout="constrained", dpi=110)
+    axes = figure.add_subplot()
+    parts = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    axes.imshow(parts, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    if len(labels) <= 30:
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            axes.text(
+                column,
+                row,
+                str(counts[row, column]),
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if parts[row, column] > 0.5 else "black",
+            )
+    return figure
+
+
+def draw_scores(
+    scores: Float[np.ndarray, " num_images"], labels: Sequence[str], normal_label: str, threshold: float
+) -> Figure:
+    """Histogram of raw anomaly scores, normal images against anomalous ones, with the threshold."""
+    figure = Figure(figsize=(7, 4), layout="constrained", dpi=110)
+    axes = figure.add_subplot()
+    is_normal = np.asarray(labels) == normal_label
+    edges = list(np.histogram_bin_edges(scores, bins=50))
+    axes.hist(scores[is_normal], edges, color=BLUE, alpha=0.7, label=f"normal ({is_normal.sum()})")
+    axes.hist(scores[~is_normal], edges, color=RED, alpha=0.6, label=f"anomalous ({(~is_normal).sum()})")
+    axes.axvline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.3g}")
+    axes.set_xlabel("anomaly score (raw)")
+    axes.set_ylabel("test images")
+    axes.legend()
+    return figure
+
+
+def draw_heat_maps(
+    images: UInt8[np.ndarray, "num_images height width channels"],
+    reconstructions: Float[np.ndarray, "num_images height width channels"],
+    maps: Float[np.ndarray, "num_images height width"],
+    titles: Sequence[str],
+) -> Figure:
+    """A column an image: what came in, what was rebuilt, and the map of errors on one common scale."""
+    figure = Figure(figsize=(1.6 * len(images) + 0.6, 5.2), layout="constrained", dpi=110)
+    axes = figure.subplots(3, len(images), squeeze=False)
+    top = float(np.quantile(maps, 0.995)) or 1.0
+    for column, title in enumerate(titles):
+        axes[0, column].imshow(images[column].squeeze(), cmap="gray", vmin=0, vmax=255)
+        axes[1, column].imshow(reconstructions[column].squeeze(), cmap="gray", vmin=0, vmax=1)
+        axes[2, column].imshow(maps[column], cmap="inferno", vmin=0, vmax=top)
+        axes[0, column].set_title(title, fontsize=8)
+    for row, name in enumerate(("original", "reconstruction", "anomaly map")):
+        axes[row, 0].set_ylabel(name, fontsize=9)
+    for one in axes.flat:
+        one.set_xticks([])
+        one.set_yticks([])
+    return figure
+
+
+def draw_predictions(
+    images: UInt8[np.ndarray, "num_images height width channels"], titles: Sequence[str], num_columns: int = 8
+) -> Figure:
+    """A grid of images, each under its title."""
+    num_rows = -(-len(images) // num_columns)
+    figure = Figure(figsize=(1.7 * num_columns, 2.1 * num_rows), layout="constrained", dpi=110)
+    axes = figure.subplots(num_rows, num_columns, squeeze=False)
+    for one in axes.flat:
+        one.axis("off")
+    for one, image, title in zip(axes.flat, images, titles, strict=False):
+        one.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+        one.set_title(title, fontsize=8)
+    return figure
+
+
+def draw_history(history: pd.DataFrame) -> Figure:
+    """Train and val loss by epoch, the best epoch marked; val accuracy beside them where there is one."""
+    has_accuracy = "val/accuracy" in history
+    figure = Figure(figsize=(10 if has_accuracy else 5.5, 3.8), layout="constrained", dpi=110)
+    axes = figure.subplots(1, 2 if has_accuracy else 1, squeeze=False)[0]
+    for name, color in (("train/loss", GREY), ("val/loss", BLUE)):
+        axes[0].plot(history["epoch"], history[name], color=color, label=name)
+    axes[0].axvline(
+        history["epoch"].to_numpy()[history["val/loss"].to_numpy().argmin()],
+        color=RED,
+        linestyle=":",
+        label="best epoch",
+    )
+    axes[0].set_ylabel("loss")
+    if has_accuracy:
+        axes[1].plot(history["epoch"], history["val/accuracy"], color=BLUE, label="val/accuracy")
+        axes[1].set_ylabel("accuracy")
+    for one in axes:
+        one.set_xlabel("epoch")
+        one.legend()
+    return figure

@@ -1,0 +1,118 @@
+"""Image classifiers: a timm backbone with a new head, and the preprocessing that belongs to it."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from loupe.models.files import load_config, load_weights, save_model
+from loupe.models.preprocess import Preprocess
+from loupe.models.weights import build_backbone, check_backbone
+
+
+class DataConfig(NamedTuple):
+    """How a backbone's images were prepared when it was pretrained: timm's own data config.
+
+    `input_size` is a side in pixels, `crop_fraction` the part of the resized side that is kept.
+    """
+
+    input_size: int
+    crop_fraction: float
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def get_data_config(backbone: str) -> DataConfig:
+    """Raises WeightsError if timm has no such backbone."""
+    check_backbone(backbone)
+    pretrained = timm.get_pretrained_cfg(backbone)
+    assert pretrained is not None  # every registered model has one
+    config: dict[str, Any] = timm.data.resolve_data_config(pretrained_cfg=pretrained.to_dict())
+    return DataConfig(
+        config["input_size"][-1],
+        config["crop_pct"],
+        config["interpolation"],
+        tuple(config["mean"]),
+        tuple(config["std"]),
+    )
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """All that it takes to make the network again. `crop` and `size` are (height, width) in pixels."""
+
+    backbone: str
+    labels: list[str]
+    crop: tuple[int, int]
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Classifier(nn.Module):
+    """uint8 images to logits, one a label."""
+
+    def __init__(self, config: ClassifierConfig, backbone: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.preprocess = Preprocess(config.crop, config.size, 3, config.mean, config.std)
+        self.backbone = backbone.to(memory_format=torch.channels_last)
+
+    @property
+    def head(self) -> nn.Module:
+        """The last layer: features to logits."""
+        head: nn.Module = self.backbone.get_classifier()  # type: ignore[operator]
+        return head
+
+    def compute_features(
+        self, images: UInt8[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch num_features"]:
+        """What the head sees."""
+        maps = self.backbone.forward_features(self.preprocess(images))  # type: ignore[operator]
+        features: Tensor = self.backbone.forward_head(maps, pre_logits=True)  # type: ignore[operator]
+        return features
+
+    def forward(self, images: UInt8[Tensor, "batch channels height width"]) -> Float[Tensor, "batch num_labels"]:
+        logits: Tensor = self.backbone(self.preprocess(images))
+        return logits
+
+
+def build_classifier(config: ClassifierConfig, weights: str) -> Classifier:
+    """A pretrained backbone with a new head of as many outputs as there are labels.
+
+    Raises:
+        WeightsError: if the backbone or its weights can't be had.
+    """
+    backbone = build_backbone(config.backbone, weights)
+    backbone.reset_classifier(len(config.labels))  # type: ignore[operator]
+    return Classifier(config, backbone)
+
+
+def save_classifier(classifier: Classifier, extra: dict[str, Any], folder: Path) -> None:
+    """Write the network and its config; `extra` is kept beside it."""
+    save_model(classifier, {**extra, "classifier": asdict(classifier.config)}, folder)
+
+
+def load_classifier(folder: Path) -> Classifier:
+    """Read what `save_classifier` wrote, ready to predict."""
+    values = load_config(folder)["classifier"]
+    config = ClassifierConfig(**{**values, **{key: tuple(values[key]) for key in ("crop", "size", "mean", "std")}})
+    network = timm.create_model(config.backbone, pretrained=False, num_classes=len(config.labels))
+    classifier = Classifier(config, network)
+    load_weights(classifier, folder / "model.safetensors")
+    return classifier.eval()
+
+
+@torch.inference_mode()
+def predict_probabilities(
+    classifier: Classifier, images: UInt8[Tensor, "num_images channels height width"], batch_size: int = 128
+) -> Float[Tensor, "num_images num_labels"]:
+    """Softmax of the logits, in batches on the classifier's device; the result is on the CPU."""
+    device = next(classifier.parameters()).device
+    parts = [classifier(batch.to(device)).float().softmax(dim=1).cpu() for batch in images.split(batch_size)]
+    return torch.cat(parts)

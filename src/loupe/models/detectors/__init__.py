@@ -1,0 +1,1 @@
+"""Anomaly detectors: fitted on normal images alone; a higher score is more anomalous."""

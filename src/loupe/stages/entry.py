@@ -1,0 +1,60 @@
+"""What every stage's process does around its work: read params, log, and turn an error into one sentence."""
+
+import json
+import logging
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from loupe.config import Params, load_params
+from loupe.errors import LoupeError
+
+TRACEBACK_VARIABLE = "LOUPE_TRACEBACK"
+
+
+def run_stage(stage: Callable[[Params], None]) -> None:
+    """Run a stage in the current folder, and exit with 1 after one sentence if it can't be done.
+
+    With LOUPE_TRACEBACK=1 in the environment the traceback is shown as well.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    for chatty in ("pytorch_lightning", "lightning_fabric", "great_expectations", "mlflow", "alembic", "matplotlib"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    # A CPU's cores train, and none is left for loading; the others are advice to the libraries' own makers.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", category=UserWarning, module="mlflow")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    _end_with_parent()
+    try:
+        stage(load_params())
+    except LoupeError as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        sys.stdout.flush()
+        sys.exit(f"error: {error}")
+
+
+def _end_with_parent() -> None:
+    """A stage whose parent was killed would go on computing for nobody."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def save_json(values: Mapping[str, Any], path: Path) -> None:
+    """Write a JSON file whole: a reader sees the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
+    unfinished.replace(path)

@@ -1,0 +1,45 @@
+"""Where the stages read and write, relative to the project's folder: the paths of dvc.yaml."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from loupe.data.split import Tasks
+
+DOWNLOADS = Path("data/downloads")
+BUILT_IN = Path("data/fashion_mnist/images")
+LISTING = Path("data/ingest/listing.json")
+MANIFEST = Path("data/ingest/manifest.parquet")
+QUARANTINE = Path("data/ingest/quarantine.parquet")
+VALIDATION = Path("reports/validation.json")
+DATA_DOCS = Path("reports/data_docs")
+SPLITS = Path("data/split/splits.parquet")
+TASKS = Path("data/split/tasks.json")
+PREPARED = Path("data/prepared")
+AUGMENT = Path("data/augment")
+MODELS = Path("models")
+REPORTS = Path("reports")
+PROMOTION = REPORTS / "promotion.json"
+SUMMARY = REPORTS / "summary.json"
+SKIPPED, RUN, HISTORY = "skipped.json", "run.json", "history.csv"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What the ingest stage says of its source."""
+
+    name: str
+    source: str
+    layout: str
+    num_images: int
+    num_quarantined: int
+
+
+def load_data_set() -> DataSet:
+    """Read what ingest wrote."""
+    return DataSet(**json.loads(LISTING.read_text(encoding="utf-8")))
+
+
+def load_tasks() -> Tasks:
+    """What the split stage found the data to allow."""
+    return Tasks(**json.loads(TASKS.read_text(encoding="utf-8")))

@@ -1,0 +1,63 @@
+"""Decode and resize every image once, into an array for each kind of model."""
+
+import logging
+from pathlib import Path
+
+import pandas as pd
+
+from loupe.config import Params, PrepareTask
+from loupe.data.images import Geometry
+from loupe.data.manifest import load_table
+from loupe.data.prepare import choose_classifier_geometry, choose_detector_geometry, prepare_images
+from loupe.data.split import Tasks
+from loupe.models.classifiers import get_data_config
+from loupe.stages.entry import run_stage, save_json
+from loupe.stages.files import MANIFEST, PREPARED, SKIPPED, SPLITS, load_tasks
+
+log = logging.getLogger(__name__)
+
+
+def prepare(params: Params) -> None:
+    manifest = load_table(MANIFEST).drop_duplicates("image_id")
+    rows, tasks = manifest.merge(load_table(SPLITS), on="image_id"), load_tasks()
+    for task, reason in (("classifier", tasks.no_classifier_because), ("detector", tasks.no_detector_because)):
+        if reason:
+            save_json({"reason": reason}, PREPARED / task / SKIPPED)
+            continue
+        chosen = _choose_rows(rows, task, tasks)
+        geometry = _choose_geometry(params, task, chosen)
+        prepare_images(Path(params.ingest.source), chosen, geometry, PREPARED / task)
+        log.info(
+            "%s: %d images kept as %d x %d x %d, seen by the model at %d x %d (%s)",
+            task,
+            len(chosen),
+            geometry.height,
+            geometry.width,
+            geometry.channels,
+            geometry.input_height,
+            geometry.input_width,
+            geometry.fit,
+        )
+
+
+def _choose_rows(rows: pd.DataFrame, task: str, tasks: Tasks) -> pd.DataFrame:
+    """The detector sees normal images, and at test the anomalous ones too."""
+    if task == "classifier":
+        return rows[rows["label"].isin(tasks.labels)]
+    return rows[rows["label"].eq(str(tasks.normal_label)) | rows["split"].eq("test")]
+
+
+def _choose_geometry(params: Params, task: str, rows: pd.DataFrame) -> Geometry:
+    section: PrepareTask = getattr(params.prepare, task)
+    input_size = None if section.input_size == "auto" else section.input_size
+    fit = None if section.fit == "auto" else section.fit
+    if task == "detector":
+        return choose_detector_geometry(rows, input_size, fit)
+    native = get_data_config(params.train_classifier.backbone)
+    return choose_classifier_geometry(
+        rows, input_size, fit, native.input_size, native.crop_fraction, native.interpolation
+    )
+
+
+if __name__ == "__main__":
+    run_stage(prepare)

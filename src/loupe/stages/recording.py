@@ -1,0 +1,66 @@
+"""What both trainings record: parameters, data, contact sheet and model in MLflow; history and run for DVC."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from loupe.config import Params
+from loupe.data.manifest import compute_data_digest, load_table
+from loupe.stages.entry import save_json
+from loupe.stages.files import (
+    AUGMENT,
+    HISTORY,
+    MANIFEST,
+    MODELS,
+    PREPARED,
+    RUN,
+    SPLITS,
+    VALIDATION,
+    DataSet,
+    load_data_set,
+)
+from loupe.tracking.registry import log_model
+from loupe.tracking.runs import connect, log_dataset, log_results, start_run
+from loupe.training.classifier import FineTuning
+from loupe.training.detector import Reconstruction
+from loupe.training.trainer import History
+
+NUM_EXAMPLES = 2  # one alone could freeze a batch size of one into a model
+
+
+@contextmanager
+def record_training(task: str, params: Params, recipe: FineTuning | Reconstruction) -> Iterator[str]:
+    """An MLflow run around one training of `task`; gives its id. `recipe` says what `auto` became."""
+    data_set = load_data_set()
+    client = connect(data_set.name)
+    (MODELS / task).mkdir(parents=True, exist_ok=True)
+    rows = load_table(MANIFEST).drop_duplicates("image_id").merge(load_table(SPLITS), on="image_id")
+    values = {**params.model_dump(by_alias=True), "chosen": asdict(recipe)}
+    with start_run(task, values, {"task": task}) as run_id:
+        log_dataset(rows, Path(data_set.source), data_set.name, compute_data_digest(rows))
+        log_results(client, run_id, files=[AUGMENT / f"{task}.png", AUGMENT / f"{task}.json", VALIDATION])
+        yield run_id
+
+
+def finish_recording(task: str, run_id: str, history: History) -> None:
+    """Write history.csv, log the model to the active run, and write run.json beside the model."""
+    folder = MODELS / task
+    history.to_table().to_csv(folder / HISTORY, index=False)
+    model_uri = log_model(folder, _choose_examples(task, load_data_set()))
+    save_json({"run_id": run_id, "model_uri": model_uri}, folder / RUN)
+
+
+def _choose_examples(task: str, data_set: DataSet) -> list[Path]:
+    index = load_table(PREPARED / task / "index.parquet")
+    paths = index.loc[index["split"].eq("train"), "path"].head(NUM_EXAMPLES)
+    return [Path(data_set.source) / path for path in paths]
+
+
+def load_policy(task: str) -> list[dict[str, Any]]:
+    """The transforms that the augment stage wrote."""
+    values: Mapping[str, Any] = json.loads((AUGMENT / f"{task}.json").read_text(encoding="utf-8"))
+    transforms: list[dict[str, Any]] = values["transforms"]
+    return transforms

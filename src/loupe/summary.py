@@ -1,0 +1,85 @@
+"""What a run ends with: a table for the terminal, the same in Markdown, and reports/summary.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from loupe.stages.entry import save_json
+from loupe.stages.files import PROMOTION, REPORTS, SUMMARY, load_data_set, load_tasks
+
+FIGURES = {
+    "classifier": ("accuracy", "last_epoch_accuracy", "balanced_accuracy", "macro_f1", "log_loss"),
+    "detector": ("image_auroc", "image_average_precision", "pixel_auroc", "f1", "false_alarm_rate", "miss_rate"),
+}
+WHERE_TO_LOOK = "data: reports/data_docs/index.html · figures: reports/summary.json · runs, models, flows: make ui"
+
+
+def write_summary() -> dict[str, Any]:
+    """Gather the figures of the last run under flat names, and write reports/summary.json."""
+    tasks, promotion = load_tasks(), _load_json(PROMOTION)
+    summary: dict[str, Any] = {f"data/{key}": value for key, value in vars(load_data_set()).items()}
+    for task, reason in (("classifier", tasks.no_classifier_because), ("detector", tasks.no_detector_because)):
+        if reason:
+            summary[f"{task}/not_trained_because"] = reason
+        else:
+            summary |= _load_json(REPORTS / "metrics" / f"{task}.json")
+            summary |= {f"{task}/{key}": value for key, value in promotion[task].items()}
+    save_json(summary, SUMMARY)
+    return summary
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
+
+
+def describe_task(summary: dict[str, Any], task: str) -> dict[str, str]:
+    """What a person wants to know of one kind of model, by subject."""
+    if reason := summary.get(f"{task}/not_trained_because"):
+        return {"trained": f"no: {reason}"}
+    champion = summary[f"{task}/champion_version"]
+    version = summary[f"{task}/version"]
+    images = f"{summary[f'{task}/train/num_images']} images, tested on {summary[f'{task}/test/num_images']}"
+    return {
+        "trained": f"on {images}",
+        "figures": "\n".join(
+            f"{name} {summary[f'{task}/test/{name}']:.4f}" for name in FIGURES[task] if f"{task}/test/{name}" in summary
+        ),
+        "champion": "nobody yet" if champion is None else f"version {champion} of {summary[f'{task}/model']}",
+        "because": f"version {version}: {summary[f'{task}/reason']}",
+        "pictures": f"reports/{task}/",
+    }
+
+
+def describe_data(summary: dict[str, Any]) -> str:
+    """The data set in one line."""
+    return (
+        f"{summary['data/name']}: {summary['data/num_images']} images in the layout {summary['data/layout']}, "
+        f"{summary['data/num_quarantined']} files set aside"
+    )
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """The table that a person sees last."""
+    table = Table(title=describe_data(summary), caption=WHERE_TO_LOOK, show_lines=True)
+    table.add_column("")
+    described = [describe_task(summary, task) for task in FIGURES]
+    for task in FIGURES:
+        table.add_column(task, overflow="fold")
+    for subject in dict.fromkeys(subject for one in described for subject in one):
+        table.add_row(subject, *(one.get(subject, "") for one in described))
+    Console().print(table)
+
+
+def format_markdown(summary: dict[str, Any]) -> str:
+    """The same for a page."""
+    lines = [describe_data(summary)]
+    for task in FIGURES:
+        lines += [f"\n## {task}\n"]
+        lines += [
+            f"- **{subject}**: {', '.join(text.splitlines())}" for subject, text in describe_task(summary, task).items()
+        ]
+    return "\n".join([*lines, f"\n{WHERE_TO_LOOK}"])

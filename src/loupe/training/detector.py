@@ -1,0 +1,70 @@
+"""Training an autoencoder on normal images alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from loupe.data.loading import Batch, PreparedDataset, build_loader
+from loupe.models.detectors.autoencoder import Autoencoder
+from loupe.models.files import load_weights
+from loupe.training.trainer import BEST, History, Report, build_one_cycle, build_trainer, choose_num_workers
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How to train. The learning rate is the peak of a one-cycle schedule; `patience` counts epochs."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    patience: int
+
+
+class AutoencoderTraining(pl.LightningModule):
+    """Mean squared error between image and reconstruction."""
+
+    def __init__(self, autoencoder: Autoencoder, learning_rate: float) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.learning_rate = learning_rate
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        return self._compute_loss("train/loss", batch)
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        self._compute_loss("val/loss", batch)
+
+    def _compute_loss(self, name: str, batch: Batch) -> Tensor:
+        images, _ = batch
+        targets, reconstructions = self.autoencoder(images)
+        loss = F.mse_loss(reconstructions, targets)
+        self.log(name, loss, on_step=False, on_epoch=True, batch_size=len(images), prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return build_one_cycle(torch.optim.Adam(self.autoencoder.parameters(), self.learning_rate), self.trainer)
+
+
+def train_autoencoder(
+    autoencoder: Autoencoder,
+    train: PreparedDataset,
+    val: PreparedDataset,
+    recipe: Reconstruction,
+    folder: Path,
+    report: Report,
+) -> History:
+    """Train, and leave the autoencoder with the weights of its best epoch; `folder` gets best and last weights."""
+    history = History(autoencoder, folder, report)
+    workers = choose_num_workers()
+    build_trainer(recipe.epochs, recipe.patience, history).fit(
+        AutoencoderTraining(autoencoder, recipe.learning_rate),
+        build_loader(train, recipe.batch_size, shuffle=True, num_workers=workers),
+        build_loader(val, 4 * recipe.batch_size, shuffle=False, num_workers=workers),
+    )
+    load_weights(autoencoder, folder / BEST)
+    return history
