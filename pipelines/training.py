@@ -23,6 +23,15 @@ from loupe.summary import format_markdown, print_summary, write_summary
 
 LOCK = Path(".dvc/tmp/loupe.lock")
 GRACE_SECONDS = 5
+# What DVC says after every stage, for somebody who runs one by hand.
+DVC_ADVICE = (
+    "To track the changes",
+    "\tgit add",
+    "To enable auto staging",
+    "\tdvc config",
+    "Use `dvc push`",
+    "Data and pipelines are up to date",
+)
 
 
 @flow(name="training", description="From images to a promoted classifier and anomaly detector.")
@@ -45,14 +54,15 @@ def train() -> State[None]:
 def run_stage(stage: str, timeout_seconds: int) -> State[None]:
     """Reproduce one stage; a stage that is up to date ends as `Unchanged`."""
     command = ["dvc", "--wait-for-lock", "repro", "--single-item", stage]
-    unchanged = False
+    name = None
     try:
         for line in run_command(command, timeout_seconds):
-            get_run_logger().info(line)
-            unchanged = unchanged or "didn't change, skipping" in line
+            name = "Unchanged" if "didn't change, skipping" in line else name
+            if not line.startswith(DVC_ADVICE):
+                get_run_logger().info(line)
     except PipelineError as error:
         return Failed(message=str(error))
-    return Completed(name="Unchanged" if unchanged else None)
+    return Completed(name=name)
 
 
 @task(cache_policy=NO_CACHE)
@@ -106,7 +116,8 @@ def run_command(command: list[str], timeout_seconds: int) -> Iterator[str]:
         for line in process.stdout:
             if line.startswith(("error: ", "ERROR: ")):
                 reason = reason or line.partition(" ")[2].strip()
-            yield line.rstrip()
+            if line.strip():
+                yield line.rstrip()
     if ran_out():
         raise PipelineError(f"`{' '.join(command)}` ran longer than pipeline.stage_timeout_seconds ({timeout_seconds})")
     if process.returncode:
