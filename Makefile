@@ -5,7 +5,9 @@ STAMP := .venv/.installed
 export DVC_NO_ANALYTICS := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test check ui lock clean-env
+.PHONY: run test check ui environment lock
+
+environment: $(STAMP)
 
 run: $(STAMP)
 	@loupe run $(if $(DATA),--data '$(DATA)') $(foreach change,$(SET),--set '$(change)')

@@ -10,10 +10,11 @@ import pandas as pd
 
 from loupe.config import Params, PromoteTask
 from loupe.data.manifest import load_table
+from loupe.data.split import load_tasks
 from loupe.evaluation.anomaly import compute_image_auroc
 from loupe.evaluation.promotion import decide_promotion
 from loupe.stages.entry import save_json
-from loupe.stages.files import MODELS, PREPARED, PROMOTION, REPORTS, RUN, SKIPPED, load_data_set, load_tasks
+from loupe.stages.files import MODELS, PREPARED, PROMOTION, REPORTS, RUN, SKIPPED, TASKS, load_data_set
 from loupe.tracking import registry
 from loupe.tracking.runs import connect, find_run
 
@@ -99,5 +100,5 @@ def _compute_metric(task: str, predictions: pd.DataFrame, hold_out: pd.DataFrame
     """The main metric of a model on the hold-out; labels that it never learnt are its errors."""
     if task == "classifier":
         return float((predictions["predicted"] == hold_out["label"]).mean())
-    is_anomalous = hold_out["label"].ne(str(load_tasks().normal_label))
+    is_anomalous = hold_out["label"].ne(str(load_tasks(TASKS).normal_label))
     return compute_image_auroc(is_anomalous.to_numpy(), predictions["anomaly_score"].to_numpy())

@@ -7,8 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from loupe.data.split import load_tasks
 from loupe.stages.entry import save_json
-from loupe.stages.files import PROMOTION, REPORTS, SUMMARY, load_data_set, load_tasks
+from loupe.stages.files import PROMOTION, REPORTS, SUMMARY, TASKS, load_data_set
 
 FIGURES = {
     "classifier": ("accuracy", "last_epoch_accuracy", "balanced_accuracy", "macro_f1", "log_loss"),
@@ -19,7 +20,7 @@ WHERE_TO_LOOK = "data: reports/data_docs/index.html · figures: reports/summary.
 
 def write_summary() -> dict[str, Any]:
     """Gather the figures of the last run under flat names, and write reports/summary.json."""
-    tasks, promotion = load_tasks(), _load_json(PROMOTION)
+    tasks, promotion = load_tasks(TASKS), _load_json(PROMOTION)
     summary: dict[str, Any] = {f"data/{key}": value for key, value in vars(load_data_set()).items()}
     for task, reason in (("classifier", tasks.no_classifier_because), ("detector", tasks.no_detector_because)):
         if reason:

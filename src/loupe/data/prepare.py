@@ -61,7 +61,8 @@ def choose_classifier_geometry(
     aspect = (rows[["width", "height"]].max(axis=1) / rows[["width", "height"]].min(axis=1)).median()
     fit = fit or ("squash" if aspect > ELONGATED else "crop")
     with_margin = round(input_size / crop_fraction)
-    prepared = with_margin if fit == "crop" and side >= with_margin else min(side, input_size)
+    # Photos a little smaller than the margin are enlarged to it: what is cropped is then what the backbone knows.
+    prepared = with_margin if fit == "crop" and side >= input_size else min(side, input_size)
     crop = min(prepared, input_size)
     return _square(rows, prepared, crop, input_size, fit, interpolation)
 

@@ -1,8 +1,10 @@
 """Dividing images into train, val, calibration and test, and what can be trained on the result."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -119,3 +121,8 @@ def compute_tasks(manifest: pd.DataFrame, splits: pd.DataFrame, normal_labels: I
         no_classifier_because=f"there is one class to train on ({labels[0]})" if few else None,
         no_detector_because=no_detector,
     )
+
+
+def load_tasks(path: Path) -> Tasks:
+    """Read `Tasks.to_json()` from a file."""
+    return Tasks(**json.loads(path.read_text(encoding="utf-8")))

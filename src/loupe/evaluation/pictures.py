@@ -43,11 +43,11 @@ def draw_scores(
     axes = figure.add_subplot()
     is_normal = np.asarray(labels) == normal_label
     edges = list(np.histogram_bin_edges(scores, bins=50))
-    axes.hist(scores[is_normal], edges, color=BLUE, alpha=0.7, label=f"normal ({is_normal.sum()})")
-    axes.hist(scores[~is_normal], edges, color=RED, alpha=0.6, label=f"anomalous ({(~is_normal).sum()})")
+    axes.hist(scores[is_normal], edges, density=True, color=BLUE, alpha=0.7, label=f"normal ({is_normal.sum()})")
+    axes.hist(scores[~is_normal], edges, density=True, color=RED, alpha=0.6, label=f"anomalous ({(~is_normal).sum()})")
     axes.axvline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.3g}")
     axes.set_xlabel("anomaly score (raw)")
-    axes.set_ylabel("test images")
+    axes.set_ylabel("density of test images")
     axes.legend()
     return figure
 

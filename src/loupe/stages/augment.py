@@ -6,7 +6,7 @@ from loupe.config import Params
 from loupe.data.prepare import load_prepared
 from loupe.data.transforms import build_augmentation, choose_policy, draw_contact_sheet
 from loupe.stages.entry import run_stage, save_json
-from loupe.stages.files import AUGMENT, PREPARED, SKIPPED
+from loupe.stages.files import AUGMENT, CONTACT_SHEET, POLICY, PREPARED, SKIPPED
 
 NUM_ORIGINALS = 8
 
@@ -23,9 +23,11 @@ def augment(params: Params) -> None:
         train = prepared.index.loc[prepared.rows_of("train")]
         num_each = -(-NUM_ORIGINALS // train["label"].nunique())
         shown = train.groupby("label").head(num_each).index[:NUM_ORIGINALS]
-        AUGMENT.mkdir(parents=True, exist_ok=True)
-        draw_contact_sheet(prepared.images[shown.to_numpy()], augmentation, params.seed).save(AUGMENT / f"{task}.png")
-        save_json({"policy": name, "transforms": specs}, AUGMENT / f"{task}.json")
+        (AUGMENT / task).mkdir(parents=True, exist_ok=True)
+        draw_contact_sheet(prepared.images[shown.to_numpy()], augmentation, params.seed).save(
+            AUGMENT / task / CONTACT_SHEET
+        )
+        save_json({"policy": name, "transforms": specs}, AUGMENT / task / POLICY)
         log.info("%s: policy %s (%s)", task, name, ", ".join(spec["name"] for spec in specs) or "no transforms")
 
 

@@ -4,8 +4,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from loupe.data.split import Tasks
-
 DOWNLOADS = Path("data/downloads")
 BUILT_IN = Path("data/fashion_mnist/images")
 LISTING = Path("data/ingest/listing.json")
@@ -22,6 +20,7 @@ REPORTS = Path("reports")
 PROMOTION = REPORTS / "promotion.json"
 SUMMARY = REPORTS / "summary.json"
 SKIPPED, RUN, HISTORY = "skipped.json", "run.json", "history.csv"
+POLICY, CONTACT_SHEET = "policy.json", "contact_sheet.png"
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,3 @@ class DataSet:
 def load_data_set() -> DataSet:
     """Read what ingest wrote."""
     return DataSet(**json.loads(LISTING.read_text(encoding="utf-8")))
-
-
-def load_tasks() -> Tasks:
-    """What the split stage found the data to allow."""
-    return Tasks(**json.loads(TASKS.read_text(encoding="utf-8")))

@@ -9,17 +9,17 @@ from loupe.config import Params, PrepareTask
 from loupe.data.images import Geometry
 from loupe.data.manifest import load_table
 from loupe.data.prepare import choose_classifier_geometry, choose_detector_geometry, prepare_images
-from loupe.data.split import Tasks
+from loupe.data.split import Tasks, load_tasks
 from loupe.models.classifiers import get_data_config
 from loupe.stages.entry import run_stage, save_json
-from loupe.stages.files import MANIFEST, PREPARED, SKIPPED, SPLITS, load_tasks
+from loupe.stages.files import MANIFEST, PREPARED, SKIPPED, SPLITS, TASKS
 
 log = logging.getLogger(__name__)
 
 
 def prepare(params: Params) -> None:
     manifest = load_table(MANIFEST).drop_duplicates("image_id")
-    rows, tasks = manifest.merge(load_table(SPLITS), on="image_id"), load_tasks()
+    rows, tasks = manifest.merge(load_table(SPLITS), on="image_id"), load_tasks(TASKS)
     for task, reason in (("classifier", tasks.no_classifier_because), ("detector", tasks.no_detector_because)):
         if reason:
             save_json({"reason": reason}, PREPARED / task / SKIPPED)

@@ -12,9 +12,11 @@ from loupe.data.manifest import compute_data_digest, load_table
 from loupe.stages.entry import save_json
 from loupe.stages.files import (
     AUGMENT,
+    CONTACT_SHEET,
     HISTORY,
     MANIFEST,
     MODELS,
+    POLICY,
     PREPARED,
     RUN,
     SPLITS,
@@ -41,7 +43,7 @@ def record_training(task: str, params: Params, recipe: FineTuning | Reconstructi
     values = {**params.model_dump(by_alias=True), "chosen": asdict(recipe)}
     with start_run(task, values, {"task": task}) as run_id:
         log_dataset(rows, Path(data_set.source), data_set.name, compute_data_digest(rows))
-        log_results(client, run_id, files=[AUGMENT / f"{task}.png", AUGMENT / f"{task}.json", VALIDATION])
+        log_results(client, run_id, files=[AUGMENT / task / CONTACT_SHEET, AUGMENT / task / POLICY, VALIDATION])
         yield run_id
 
 
@@ -61,6 +63,6 @@ def _choose_examples(task: str, data_set: DataSet) -> list[Path]:
 
 def load_policy(task: str) -> list[dict[str, Any]]:
     """The transforms that the augment stage wrote."""
-    values: Mapping[str, Any] = json.loads((AUGMENT / f"{task}.json").read_text(encoding="utf-8"))
+    values: Mapping[str, Any] = json.loads((AUGMENT / task / POLICY).read_text(encoding="utf-8"))
     transforms: list[dict[str, Any]] = values["transforms"]
     return transforms

@@ -9,11 +9,12 @@ from loupe.config import Params
 from loupe.config import TrainClassifier as Section
 from loupe.data.loading import PreparedDataset
 from loupe.data.prepare import Prepared, load_prepared
+from loupe.data.split import load_tasks
 from loupe.data.transforms import build_augmentation
 from loupe.models.classifiers import ClassifierConfig, build_classifier, get_data_config, save_classifier
 from loupe.models.weights import describe_source
 from loupe.stages.entry import run_stage, save_json
-from loupe.stages.files import MODELS, PREPARED, SKIPPED, load_tasks
+from loupe.stages.files import MODELS, PREPARED, SKIPPED, TASKS
 from loupe.stages.recording import finish_recording, load_policy, record_training
 from loupe.tracking.runs import log_epoch
 from loupe.training.classifier import FineTuning, compute_targets, fine_tune
@@ -22,13 +23,14 @@ from loupe.training.trainer import choose_batch_size, choose_epochs
 # On two CPU cores the default backbone trains at about 0.9 million pixels a second: three minutes and a half.
 BUDGET_PIXELS = 180e6
 LEAST_EPOCHS, MOST_EPOCHS = 2, 20
+LEAST_FOR_BATCH_NORM = 2_000
 FOLDER = MODELS / "classifier"
 
 log = logging.getLogger(__name__)
 
 
 def train_classifier(params: Params) -> None:
-    tasks, section = load_tasks(), params.train_classifier
+    tasks, section = load_tasks(TASKS), params.train_classifier
     if tasks.no_classifier_because:
         save_json({"reason": tasks.no_classifier_because}, FOLDER / SKIPPED)
         return
@@ -79,6 +81,7 @@ def _choose_recipe(section: Section, prepared: Prepared) -> FineTuning:
         weight_decay=section.weight_decay,
         label_smoothing=section.label_smoothing,
         patience=section.patience,
+        adapts_batch_norm=num_images >= LEAST_FOR_BATCH_NORM,
     )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     log.info(

@@ -12,11 +12,12 @@ from loupe.config import TrainDetector as Section
 from loupe.data.loading import PreparedDataset
 from loupe.data.manifest import save_table
 from loupe.data.prepare import Prepared, load_prepared
+from loupe.data.split import load_tasks
 from loupe.data.transforms import build_augmentation
 from loupe.evaluation.thresholds import compute_threshold
 from loupe.models.detectors.autoencoder import Autoencoder, AutoencoderConfig, compute_scores, save_autoencoder
 from loupe.stages.entry import run_stage, save_json
-from loupe.stages.files import MODELS, PREPARED, SKIPPED, load_tasks
+from loupe.stages.files import MODELS, PREPARED, SKIPPED, TASKS
 from loupe.stages.recording import finish_recording, load_policy, record_training
 from loupe.tracking.runs import log_epoch
 from loupe.training.detector import Reconstruction, train_autoencoder
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def train_detector(params: Params) -> None:
-    tasks, section = load_tasks(), params.train_detector
+    tasks, section = load_tasks(TASKS), params.train_detector
     if tasks.no_detector_because:
         save_json({"reason": tasks.no_detector_because}, FOLDER / SKIPPED)
         return

@@ -23,6 +23,7 @@ from mlflow.exceptions import MlflowException
 from loupe.errors import TrackingError
 
 SYSTEM_METRICS_SECONDS = 5
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # otherwise the page shows chats and prompts
 
 
 def connect(experiment: str) -> MlflowClient:
@@ -38,7 +39,8 @@ def connect(experiment: str) -> MlflowClient:
     with FileLock(root / ".mlflow.lock"):
         client = MlflowClient()
         if client.get_experiment_by_name(experiment) is None:
-            client.create_experiment(experiment, (root / "mlartifacts").as_uri() if store == own_store else None)
+            artifacts = (root / "mlartifacts").as_uri() if store == own_store else None
+            client.create_experiment(experiment, artifacts, tags=EXPERIMENT_TAGS)
     mlflow.set_experiment(experiment)
     return client
 

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from loupe.data.loading import Batch, PreparedDataset, build_loader
 from loupe.models.classifiers import Classifier
-from loupe.models.files import load_weights
-from loupe.training.trainer import BEST, History, Report, build_one_cycle, build_trainer, choose_num_workers
+from loupe.models.files import WEIGHTS, load_weights
+from loupe.training.trainer import History, Report, build_one_cycle, build_trainer, choose_num_workers
 
 HEAD_BATCH_SIZE = 64
 
@@ -25,7 +25,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FineTuning:
-    """How to train. Learning rates are peaks of one-cycle schedules; `patience` counts epochs without progress."""
+    """How to train. Learning rates are peaks of one-cycle schedules; `patience` counts epochs without progress.
+
+    `adapts_batch_norm` lets the running statistics of batch normalisation follow the new images in the second phase.
+    """
 
     head_epochs: int
     head_learning_rate: float
@@ -35,17 +38,33 @@ class FineTuning:
     weight_decay: float
     label_smoothing: float
     patience: int
+    adapts_batch_norm: bool
 
 
 class ClassifierTraining(pl.LightningModule):
     """Cross-entropy with label smoothing; validation without."""
 
-    def __init__(self, network: nn.Module, learning_rate: float, weight_decay: float, label_smoothing: float) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        learning_rate: float,
+        weight_decay: float,
+        label_smoothing: float,
+        adapts_batch_norm: bool = True,
+    ) -> None:
         super().__init__()
+        self.adapts_batch_norm = adapts_batch_norm
         self.network = network
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.label_smoothing = label_smoothing
+
+    def on_train_epoch_start(self) -> None:
+        """Of a few images, batch statistics are noise: the pretrained ones then serve better."""
+        if not self.adapts_batch_norm:
+            for module in self.network.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         inputs, targets = batch
@@ -76,7 +95,7 @@ def fine_tune(
     """Train in two phases, and leave the classifier with the weights of its best epoch.
 
     Args:
-        folder: gets best.safetensors and last.safetensors.
+        folder: gets model.safetensors, the best, and last.safetensors.
         report: told each epoch's metrics; epochs of the second phase count on from the first.
     """
     history = History(classifier, folder, report)
@@ -95,16 +114,22 @@ def fine_tune(
         DataLoader(head_train, HEAD_BATCH_SIZE, shuffle=True, generator=torch.Generator().manual_seed(train.seed)),
         DataLoader(head_val, len(head_val)),
     )
-    load_weights(classifier, folder / BEST)
+    load_weights(classifier, folder / WEIGHTS)
     if recipe.epochs:
         log.info("phase 2: the whole network, %d epochs at most", recipe.epochs)
-        whole = ClassifierTraining(classifier, recipe.learning_rate, recipe.weight_decay, recipe.label_smoothing)
+        whole = ClassifierTraining(
+            classifier,
+            recipe.learning_rate,
+            recipe.weight_decay,
+            recipe.label_smoothing,
+            recipe.adapts_batch_norm,
+        )
         build_trainer(recipe.epochs, recipe.patience, history).fit(
             whole,
             build_loader(train, recipe.batch_size, shuffle=True, num_workers=workers),
             build_loader(val, 4 * recipe.batch_size, shuffle=False, num_workers=workers),
         )
-        load_weights(classifier, folder / BEST)
+        load_weights(classifier, folder / WEIGHTS)
     return history
 
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from loupe.data.loading import Batch, PreparedDataset, build_loader
 from loupe.models.detectors.autoencoder import Autoencoder
-from loupe.models.files import load_weights
-from loupe.training.trainer import BEST, History, Report, build_one_cycle, build_trainer, choose_num_workers
+from loupe.models.files import WEIGHTS, load_weights
+from loupe.training.trainer import History, Report, build_one_cycle, build_trainer, choose_num_workers
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def train_autoencoder(
     folder: Path,
     report: Report,
 ) -> History:
-    """Train, and leave the autoencoder with the weights of its best epoch; `folder` gets best and last weights."""
+    """Train, and leave the autoencoder with the weights of its best epoch; `folder` gets these and the last."""
     history = History(autoencoder, folder, report)
     workers = choose_num_workers()
     build_trainer(recipe.epochs, recipe.patience, history).fit(
@@ -66,5 +66,5 @@ def train_autoencoder(
         build_loader(train, recipe.batch_size, shuffle=True, num_workers=workers),
         build_loader(val, 4 * recipe.batch_size, shuffle=False, num_workers=workers),
     )
-    load_weights(autoencoder, folder / BEST)
+    load_weights(autoencoder, folder / WEIGHTS)
     return history

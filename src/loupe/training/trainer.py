@@ -13,16 +13,16 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import EarlyStopping
 from torch import nn
 
-from loupe.models.files import save_weights
+from loupe.models.files import WEIGHTS, save_weights
 
 Report = Callable[[int, dict[str, float]], None]  # the epoch, from 0, and its metrics
-BEST, LAST = "best.safetensors", "last.safetensors"
+LAST = "last.safetensors"
 
 log = logging.getLogger(__name__)
 
 
 class History(Callback):
-    """Keeps each epoch's metrics, tells them to the log and to `report`, and keeps best and last weights.
+    """Keeps each epoch's metrics, tells them to the log and to `report`, and keeps the best and the last weights.
 
     The best epoch is the one with the lowest `val/loss`. One history may follow several trainings of one network.
     """
@@ -46,7 +46,7 @@ class History(Callback):
         save_weights(self.network.state_dict(), self.folder / LAST)
         if metrics["val/loss"] < self.best_loss:
             self.best_loss, self.best_epoch = metrics["val/loss"], epoch
-            save_weights(self.network.state_dict(), self.folder / BEST)
+            save_weights(self.network.state_dict(), self.folder / WEIGHTS)
 
     def to_table(self) -> pd.DataFrame:
         """One row an epoch."""

@@ -1,0 +1,106 @@
+"""What the tests share: small real images, and folders of them in the three layouts."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+Draw = Callable[..., Image.Image]
+Write = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the working tree."""
+    return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def draw() -> Draw:
+    """Makes an image whose content follows from its seed; size is (width, height)."""
+
+    def draw(seed: int, size: tuple[int, int] = (24, 20), mode: str = "RGB") -> Image.Image:
+        pixels = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+        return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def write(draw: Draw) -> Write:
+    """Draws an image and saves it, with the folders above it."""
+
+    def write(path: Path, seed: int, size: tuple[int, int] = (24, 20), mode: str = "RGB") -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw(seed, size, mode).save(path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def class_folders(tmp_path: Path, write: Write) -> Path:
+    """Six images of cats and six of dogs."""
+    root = tmp_path / "pets"
+    for number in range(6):
+        write(root / "cat" / f"{number}.png", number)
+        write(root / "dog" / f"{number}.png", 100 + number)
+    return root
+
+
+@pytest.fixture
+def split_folders(tmp_path: Path, write: Write) -> Path:
+    """Of each of two labels four images to train on, two of val and two of test."""
+    root = tmp_path / "pets"
+    for offset, (split, num_images) in enumerate((("train", 4), ("val", 2), ("test", 2))):
+        for number in range(num_images):
+            write(root / split / "cat" / f"{number}.png", 10 * offset + number)
+            write(root / split / "dog" / f"{number}.png", 100 + 10 * offset + number)
+    return root
+
+
+@pytest.fixture
+def mvtec(tmp_path: Path, write: Write) -> Path:
+    """Eight good bolts to train on; at test three good ones, three scratched ones with masks, two dents without."""
+    root = tmp_path / "bolts"
+    for number in range(8):
+        write(root / "train" / "good" / f"{number}.png", number)
+    for number in range(3):
+        write(root / "test" / "good" / f"{number}.png", 20 + number)
+        write(root / "test" / "scratch" / f"{number}.png", 30 + number)
+        mask = np.zeros((20, 24), np.uint8)
+        mask[4 * number : 4 * number + 4, 8:16] = 255
+        path = root / "ground_truth" / "scratch" / f"{number}_mask.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(path)
+    for number in range(2):
+        write(root / "test" / "dent" / f"{number}.png", 40 + number)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tabulate() -> Callable[..., pd.DataFrame]:
+    """Makes a manifest from (content, label, given split) triples; equal contents get equal ids."""
+
+    def tabulate(
+        triples: Iterable[tuple[str, str, str | None]], size: tuple[int, int] = (24, 20), mode: str = "RGB"
+    ) -> pd.DataFrame:
+        table = pd.DataFrame(triples, columns=["content", "label", "given_split"], dtype="str")
+        contents = table.pop("content")
+        return table.assign(
+            image_id=[hashlib.sha256(content.encode()).hexdigest() for content in contents],
+            path=[f"{row:04d}_{content}.png" for row, content in enumerate(contents)],
+            group=pd.Series(None, table.index, dtype="str"),
+            mask_path=pd.Series(None, table.index, dtype="str"),
+            width=size[0],
+            height=size[1],
+            mode=mode,
+            phash="0" * 16,
+            num_bytes=100,
+        )
+
+    return tabulate

@@ -1,0 +1,110 @@
+import numpy as np
+import pytest
+import torch
+
+from loupe.data.loading import EpochSampler, PreparedDataset, build_loader
+from loupe.data.transforms import build_augmentation
+
+MOVES = [{"name": "Affine", "rotate": (-40, 40), "translate_percent": (-0.2, 0.2), "p": 1.0}]
+
+
+@pytest.fixture
+def image(draw):
+    return np.asarray(draw(0, (32, 32)))
+
+
+def dataset_of(images, augmentation=None, seed=0, rows=None):
+    rows = np.arange(len(images)) if rows is None else rows
+    return PreparedDataset(images, rows, np.arange(len(rows)) % 3, augmentation, seed)
+
+
+def read(loader, epoch):
+    loader.sampler.set_epoch(epoch)
+    batches = list(loader)
+    return torch.cat([images for images, _ in batches]), torch.cat([targets for _, targets in batches])
+
+
+def augment_two_positions_for_two_epochs(image, num_workers, seed=0):
+    """One image at two positions; with two workers and batches of one, each position has a worker of its own."""
+    dataset = dataset_of(image[None], build_augmentation(MOVES), seed, rows=np.array([0, 0]))
+    loader = build_loader(dataset, batch_size=1, shuffle=False, num_workers=num_workers)
+    return torch.cat([read(loader, epoch)[0] for epoch in range(2)]).numpy()
+
+
+def num_distinct(images):
+    return len({image.tobytes() for image in images})
+
+
+def test_two_workers_and_two_epochs_augment_one_image_in_four_ways(image):
+    assert num_distinct(augment_two_positions_for_two_epochs(image, num_workers=2)) == 4
+
+
+def test_a_rerun_augments_alike(image):
+    first, again = (augment_two_positions_for_two_epochs(image, num_workers=2) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+
+
+def test_the_number_of_workers_does_not_count(image):
+    alone, two = (augment_two_positions_for_two_epochs(image, num_workers) for num_workers in (0, 2))
+    np.testing.assert_array_equal(alone, two)
+
+
+def test_another_seed_augments_otherwise(image):
+    first, other = (augment_two_positions_for_two_epochs(image, 0, seed) for seed in (0, 1))
+    assert num_distinct([*first, *other]) == 8
+
+
+def test_images_come_channels_first_with_their_targets(draw):
+    images = np.stack([np.asarray(draw(seed)) for seed in range(5)])
+    batch, targets = read(build_loader(dataset_of(images), batch_size=2, shuffle=False, num_workers=0), 0)
+    np.testing.assert_array_equal(batch.permute(0, 2, 3, 1), images)
+    assert batch.dtype == torch.uint8
+    assert targets.tolist() == [0, 1, 2, 0, 1]
+
+
+def test_rows_choose_among_all_images(draw):
+    images = np.stack([np.asarray(draw(seed)) for seed in range(5)])
+    dataset = dataset_of(images, rows=np.array([4, 1]))
+    batch, _ = read(build_loader(dataset, batch_size=2, shuffle=False, num_workers=0), 0)
+    np.testing.assert_array_equal(batch.permute(0, 2, 3, 1), images[[4, 1]])
+
+
+def test_shuffled_images_keep_their_targets(draw):
+    images = np.stack([np.full((4, 4, 1), number, np.uint8) for number in range(9)])
+    batch, targets = read(build_loader(dataset_of(images), batch_size=9, shuffle=True, num_workers=0), 0)
+    assert sorted(batch[:, 0, 0, 0].tolist()) == list(range(9))
+    assert (batch[:, 0, 0, 0] % 3).tolist() == targets.tolist()
+
+
+def positions(sampler, epoch):
+    sampler.set_epoch(epoch)
+    assert {of for of, _ in sampler} == {epoch}
+    return [position for _, position in sampler]
+
+
+def test_each_epoch_has_an_order_of_its_own_and_a_rerun_the_same():
+    first, again = (EpochSampler(20, seed=0, shuffle=True) for _ in range(2))
+    orders = [positions(first, epoch) for epoch in range(3)]
+    assert [sorted(order) for order in orders] == [list(range(20))] * 3
+    assert orders[0] != orders[1] != orders[2]
+    assert [positions(again, epoch) for epoch in (2, 1, 0)] == orders[::-1]
+
+
+def test_without_shuffling_the_order_is_kept():
+    assert positions(EpochSampler(4, seed=0, shuffle=False), 3) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("num_images", "shuffle", "sizes"), [(5, True, [2, 2]), (5, False, [2, 2, 1]), (3, True, [2, 1]), (1, True, [1])]
+)
+def test_a_last_small_batch_is_dropped_in_training_alone_and_only_where_others_stay(num_images, shuffle, sizes):
+    images = np.zeros((num_images, 4, 4, 1), np.uint8)
+    loader = build_loader(dataset_of(images), batch_size=2, shuffle=shuffle, num_workers=0)
+    assert [len(targets) for _, targets in loader] == sizes
+
+
+def test_images_are_read_from_a_memory_map(tmp_path, draw):
+    np.save(tmp_path / "images.npy", np.stack([np.asarray(draw(seed)) for seed in range(4)]))
+    images = np.load(tmp_path / "images.npy", mmap_mode="r")
+    loader = build_loader(dataset_of(images, build_augmentation(MOVES)), batch_size=2, shuffle=False, num_workers=2)
+    assert read(loader, 0)[0].shape == (4, 3, 20, 24)

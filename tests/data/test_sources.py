@@ -1,0 +1,171 @@
+import os
+import shutil
+
+import pytest
+
+from loupe.data.sources import list_images, name_source
+from loupe.errors import DataError
+
+
+@pytest.mark.parametrize("layout", ["class_folders", "split_folders", "mvtec"])
+def test_a_layout_is_recognised(layout, request):
+    assert list_images(request.getfixturevalue(layout)).layout == layout
+
+
+def test_class_folders_give_labels_and_no_splits(class_folders):
+    rows = list_images(class_folders).rows
+    assert rows["label"].value_counts().to_dict() == {"cat": 6, "dog": 6}
+    assert rows["given_split"].isna().all()
+
+
+def test_folders_within_a_class_folder_keep_its_label(class_folders, write):
+    write(class_folders / "cat" / "monday" / "noon" / "0.png", 50)
+    rows = list_images(class_folders).rows.set_index("path")
+    assert rows.at["cat/monday/noon/0.png", "label"] == "cat"
+
+
+def test_split_folders_give_labels_and_splits(split_folders):
+    rows = list_images(split_folders).rows
+    assert rows.groupby(["given_split", "label"]).size().to_dict() == {
+        ("test", "cat"): 2,
+        ("test", "dog"): 2,
+        ("train", "cat"): 4,
+        ("train", "dog"): 4,
+        ("val", "cat"): 2,
+        ("val", "dog"): 2,
+    }
+
+
+@pytest.mark.parametrize("name", ["valid", "validation"])
+def test_other_names_of_val_are_known(split_folders, name):
+    (split_folders / "val").rename(split_folders / name)
+    assert set(list_images(split_folders).rows["given_split"]) == {"train", "val", "test"}
+
+
+def test_mvtec_gives_defects_as_labels(mvtec):
+    rows = list_images(mvtec).rows
+    assert rows.groupby(["given_split", "label"]).size().to_dict() == {
+        ("test", "dent"): 2,
+        ("test", "good"): 3,
+        ("test", "scratch"): 3,
+        ("train", "good"): 8,
+    }
+
+
+def test_mvtec_masks_are_found_beside_their_images(mvtec):
+    rows = list_images(mvtec).rows
+    masks = rows.dropna(subset="mask_path").set_index("path")["mask_path"].to_dict()
+    assert masks == {f"test/scratch/{n}.png": f"ground_truth/scratch/{n}_mask.png" for n in range(3)}
+
+
+def test_a_mask_may_have_the_name_of_its_image(mvtec):
+    folder = mvtec / "ground_truth" / "scratch"
+    (folder / "0_mask.png").rename(folder / "0.png")
+    rows = list_images(mvtec).rows.set_index("path")
+    assert rows.at["test/scratch/0.png", "mask_path"] == "ground_truth/scratch/0.png"
+
+
+def test_mvtec_without_masks_is_still_mvtec(mvtec):
+    shutil.rmtree(mvtec / "ground_truth")
+    listing = list_images(mvtec)
+    assert listing.layout == "mvtec"
+    assert listing.rows["mask_path"].isna().all()
+
+
+def test_a_layout_that_is_asked_for_is_not_guessed(mvtec):
+    listing = list_images(mvtec, "split_folders")
+    assert listing.layout == "split_folders"
+    assert listing.rows["mask_path"].isna().all()
+    assert not listing.rows["path"].str.startswith("ground_truth").any()
+
+
+def test_paths_are_relative_and_sorted(class_folders):
+    paths = list(list_images(class_folders).rows["path"])
+    assert paths == sorted(paths)
+    assert all((class_folders / path).is_file() for path in paths)
+
+
+def test_files_that_are_no_images_are_left_out(class_folders):
+    (class_folders / "cat" / "notes.txt").write_text("not an image")
+    (class_folders / "README.md").write_text("not a class")
+    assert len(list_images(class_folders).rows) == 12
+
+
+def test_hidden_files_and_folders_are_left_out(class_folders, write):
+    write(class_folders / "cat" / ".thumb.png", 60)
+    write(class_folders / ".cache" / "0.png", 61)
+    assert len(list_images(class_folders).rows) == 12
+
+
+def test_suffixes_in_capitals_count(class_folders):
+    path = class_folders / "cat" / "0.png"
+    path.rename(path.with_suffix(".PNG"))
+    assert len(list_images(class_folders).rows) == 12
+
+
+@pytest.mark.parametrize(
+    ("paths", "found"),
+    [
+        (["0.png", "1.png"], "2 images in no folder"),
+        (["train/cat/0.png", "test/cat/1.png", "extra/cat/2.png"], "the folders extra, test, train"),
+        (["train/0.png", "test/1.png"], "the folders test, train"),
+        (["test/cat/0.png"], "the folders test"),
+    ],
+)
+def test_an_unknown_layout_is_answered_with_the_known_ones_and_what_was_found(tmp_path, write, paths, found):
+    for seed, path in enumerate(paths):
+        write(tmp_path / path, seed)
+    with pytest.raises(DataError) as caught:
+        list_images(tmp_path)
+    message = str(caught.value)
+    assert "has none of the known layouts. Expected class_folders: a folder for each class" in message
+    assert message.endswith(f"Found {found}")
+
+
+def test_a_layout_that_the_folder_has_not_is_an_error(tmp_path, write):
+    write(tmp_path / "0.png", 0)
+    with pytest.raises(DataError, match="has no images in the layout class_folders"):
+        list_images(tmp_path, "class_folders")
+
+
+def test_a_missing_folder_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="does not exist: expected a folder of images"):
+        list_images(tmp_path / "missing")
+
+
+def test_a_name_too_long_for_the_file_system_is_an_error(tmp_path):
+    with pytest.raises(DataError):
+        list_images(tmp_path / ("long" * 100))
+
+
+def test_a_file_instead_of_a_folder_is_an_error(tmp_path, write):
+    with pytest.raises(DataError, match="is a file: expected a folder of images"):
+        list_images(write(tmp_path / "0.png", 0))
+
+
+def test_an_empty_folder_is_an_error(tmp_path):
+    with pytest.raises(DataError, match=r"holds no images: expected files that end in \.bmp, "):
+        list_images(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
+def test_an_unreadable_folder_is_an_error(class_folders):
+    (class_folders / "cat").chmod(0)
+    try:
+        with pytest.raises(DataError, match="cat can't be read .*: make the folder readable"):
+            list_images(class_folders)
+    finally:
+        (class_folders / "cat").chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("pets", "pets"),
+        ("fashion_mnist/images", "fashion_mnist"),
+        ("bolts/data/images", "bolts"),
+        ("Pets and more!", "Pets_and_more"),
+    ],
+)
+def test_a_source_is_named_after_the_folder_that_says_something(tmp_path, path, name):
+    assert name_source(tmp_path / path) == name

@@ -1,0 +1,92 @@
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loupe.cli import change_params
+from loupe.config import load_params
+from loupe.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def params(tmp_path):
+    return Path(shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml"))
+
+
+def call_loupe(*arguments, folder):
+    return subprocess.run(
+        [sys.executable, "-m", "loupe.cli", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "LOUPE_TRACEBACK": ""},
+        timeout=120,
+    )
+
+
+def test_a_changed_param_keeps_every_other_line_and_its_comment(params):
+    before = params.read_text().splitlines()
+    change_params(params, {"fetch.fraction": 0.5})
+    after = params.read_text().splitlines()
+    assert load_params(params).fetch.fraction == 0.5
+    assert [(old, new) for old, new in zip(before, after, strict=True) if old.split() != new.split()] == [
+        (line, line.replace("0.2 ", "0.5 ")) for line in before if "fraction: 0.2 " in line and "fetch" not in line
+    ][:1]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("fetch.fractoin", 0.5, "did you mean 'fraction'"),
+        ("fetch.fraction", 2, "fetch.fraction must be less than or equal to 1, got 2"),
+        ("fetsch.fraction", 0.5, "no section 'fetsch'"),
+    ],
+)
+def test_a_change_that_is_not_allowed_leaves_the_file_as_it_was(params, key, value, said):
+    before = params.read_bytes()
+    with pytest.raises(ConfigError, match=said.replace("(", r"\(")):
+        change_params(params, {key: value})
+    assert params.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda folder: None, "does not exist"),
+        (lambda folder: folder.mkdir(), "holds no images"),
+        (lambda folder: folder.write_text("x"), "is a file"),
+    ],
+)
+def test_a_folder_that_is_no_data_set_is_one_sentence_and_touches_nothing(params, tmp_path, make, said):
+    make(tmp_path / "images")
+    before = params.read_bytes()
+    answer = call_loupe("run", "--data", "images", folder=tmp_path)
+    assert answer.returncode == 1
+    assert answer.stderr.startswith("error: images ")
+    assert said in answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert params.read_bytes() == before
+
+
+def test_a_folder_without_params_is_told_where_to_go(tmp_path):
+    answer = call_loupe("run", folder=tmp_path)
+    assert answer.returncode == 1
+    assert "params.yaml can't be read" in answer.stderr
+
+
+def test_a_taken_port_is_said(tmp_path, params):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        answer = call_loupe("ui", "--mlflow-port", str(port), folder=tmp_path)
+    assert answer.returncode == 1
+    assert f"port {port} is taken" in answer.stderr
