@@ -115,6 +115,12 @@ def test_a_value_with_a_bar_in_it_is_repeated_as_it_came(values):
     assert message_of(put(values, "ingest.layout", "mvtec|auto")).endswith("got 'mvtec|auto'")
 
 
+def test_a_detector_size_that_its_network_can_not_halve_three_times_fails(values):
+    message = message_of(put(values, "prepare.detector.input_size", 100))
+    assert message.startswith("params.yaml: prepare.detector.input_size must be a multiple of ")
+    assert message.endswith("got 100")
+
+
 def test_an_empty_section_names_the_section(values):
     message = message_of(put(values, "ingest", None))
     assert message.startswith("params.yaml: ingest must be")

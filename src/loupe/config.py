@@ -76,11 +76,17 @@ class PrepareTask(Section):
     fit: Literal["crop", "squash"] | Auto
 
 
+class PrepareDetector(PrepareTask):
+    """The same for the autoencoder, which halves its input three times."""
+
+    input_size: Annotated[int, Field(ge=16, le=2048, multiple_of=8)] | Auto
+
+
 class Prepare(Section):
     """Decoding and resizing, once for each kind of model."""
 
     classifier: PrepareTask
-    detector: PrepareTask
+    detector: PrepareDetector
 
 
 Policy = str | list[dict[str, Any]]
@@ -102,7 +108,7 @@ class TrainClassifier(Section):
     head_learning_rate: PositiveFloat
     epochs: Annotated[int, Field(ge=0)] | Auto
     batch_size: PositiveInt | Auto
-    learning_rate: PositiveFloat
+    learning_rate: PositiveFloat | Auto
     weight_decay: Annotated[float, Field(ge=0)]
     label_smoothing: Fraction
     patience: PositiveInt
@@ -181,7 +187,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} can't be read ({error.strerror}): run this in the folder that holds it") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     return parse_params(values, str(path))
 
@@ -202,20 +208,22 @@ def parse_params(values: object, where: str = "params.yaml") -> Params:
 
 def _describe_problems(error: pydantic.ValidationError, values: dict[str, Any]) -> str:
     """One clause a key; the alternatives of a union are joined by `or`."""
-    expected: dict[str, list[str]] = {}
+    clauses: dict[str, str] = {}
     for problem in error.errors():
         key, value, known = _locate(problem["loc"], values)
         if problem["type"] == "extra_forbidden":
             near = difflib.get_close_matches(key.rpartition(".")[2], known, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
-            expected[f"{key} is not a known key{hint}"] = []
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            clauses[key] = f"{key} is not a known key; {hint}"
         elif problem["type"] == "missing":
-            expected[f"{key} is missing"] = []
+            clauses[key] = f"{key} is missing"
+        elif problem["type"] == "value_error":
+            clauses[key] = f"{key}: {problem['msg'].removeprefix('Value error, ')}"
         else:
-            wanted = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-            got = f", got {value!r}" if not problem["msg"].startswith("Value error") else ""
-            expected.setdefault(f"{key} must be |{got}" if got else f"{key}: |", []).append(wanted)
-    return "; ".join(clause.replace("|", " or ".join(wanted)) for clause, wanted in expected.items())
+            wanted = problem["msg"].removeprefix("Input should be ")
+            start = clauses[key].rpartition(", got ")[0] + " or" if key in clauses else f"{key} must be"
+            clauses[key] = f"{start} {wanted}, got {value!r}"
+    return "; ".join(clauses.values())
 
 
 def _locate(location: tuple[int | str, ...], values: dict[str, Any]) -> tuple[str, object, list[str]]:

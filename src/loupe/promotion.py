@@ -65,7 +65,7 @@ def _promote_task(task: str, rules: PromoteTask) -> Outcome:
     version = registry.register_version(client, name, run_id, model_uri)
     champion = registry.find_champion(client, name)
     hold_out = _load_hold_out(task, Path(data_set.source))
-    question = _compute_question(rules, hold_out, champion.version if champion else None)
+    question = _compute_question(rules, hold_out, str(champion.version) if champion else None)
     is_champion = champion is not None and champion.version == version.version
     if not is_champion and version.tags.get(registry.QUESTION_TAG) != question:
         metric = METRICS[task]
@@ -79,7 +79,11 @@ def _promote_task(task: str, rules: PromoteTask) -> Outcome:
         version = registry.record_decision(client, version, decision.promoted, decision.reason, question)
         champion = registry.find_champion(client, name)
     return Outcome(
-        name, version.version, run_id, champion.version if champion else None, version.tags[registry.REASON_TAG]
+        model=name,
+        version=str(version.version),
+        run_id=run_id,
+        champion_version=str(champion.version) if champion else None,
+        reason=version.tags[registry.REASON_TAG],
     )
 
 

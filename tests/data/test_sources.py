@@ -152,7 +152,7 @@ def test_an_empty_folder_is_an_error(tmp_path):
 def test_an_unreadable_folder_is_an_error(class_folders):
     (class_folders / "cat").chmod(0)
     try:
-        with pytest.raises(DataError, match="cat can't be read .*: make the folder readable"):
+        with pytest.raises(DataError, match=r"cat can't be read .*: make the folder readable"):
             list_images(class_folders)
     finally:
         (class_folders / "cat").chmod(0o700)

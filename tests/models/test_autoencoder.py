@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from loupe.errors import LoupeError
 from loupe.models.detectors.autoencoder import (
     Autoencoder,
     AutoencoderConfig,
@@ -36,11 +35,6 @@ def test_reconstructions_have_the_shape_of_what_the_network_sees(channels, size)
     assert targets.shape == reconstructions.shape == (5, channels, *size)
     assert 0 <= reconstructions.min() <= reconstructions.max() <= 1
     assert 0 <= targets.min() <= targets.max() <= 1
-
-
-def test_a_size_that_is_no_multiple_of_the_stride_is_refused_by_name():
-    with pytest.raises(LoupeError, match="100"):
-        build(size=(100, 100))
 
 
 def test_the_code_is_smaller_than_the_image():

@@ -94,9 +94,10 @@ def _build_expectations(limits: Limits) -> list[ColumnMapExpectation]:
     small = f"Every image is at least {limits.min_side} pixels wide and high"
     large = f"Every image is at most {limits.max_side} pixels wide and high"
     long = f"No image is more than {limits.max_aspect:g} times as long as wide"
+    mostly = round(1 - limits.max_bad_fraction, 9)  # 1 - 0.41 is not 0.59 in binary
     decodes, known = "Every file decodes as an image", "Every label of val and test is also a label of train"
     return [
-        ExpectColumnValuesToBeNull(column="problem", mostly=1 - limits.max_bad_fraction, severity=stop, notes=decodes),
+        ExpectColumnValuesToBeNull(column="problem", mostly=mostly, severity=stop, notes=decodes),
         between(column="short_side", min_value=limits.min_side, severity=stop, notes=small),
         between(column="long_side", max_value=limits.max_side, severity=stop, notes=large),
         between(column="aspect", max_value=limits.max_aspect, severity=tell, notes=long),
@@ -156,6 +157,7 @@ def _read_finding(result: ExpectationValidationResult) -> Finding:
 
 
 def _name_file(entry: dict[str, Any], column: str) -> str:
-    if column == "problem":
-        return f"{entry['path']} ({entry[column]})"
-    return f"{entry['path']} ({column.replace('_', ' ')}: {entry[column]})"
+    value = entry[column]
+    shown = f"{value:g}" if isinstance(value, float) else str(value)
+    subject = "" if column == "problem" else f"{column.replace('_', ' ')}: "
+    return f"{entry['path']} ({subject}{shown})"

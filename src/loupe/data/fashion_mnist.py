@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def unpack(path: Path) -> bytes:
     try:
         with gzip.open(path) as file:
             content = file.read(LARGEST_UNPACKED)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is not a gzip file ({error}): remove it and fetch again") from error
     if hashlib.sha256(content).hexdigest() != SHA256[path.name]:
         raise DataError(f"{path} is not the published file (its sha256 differs): remove it and fetch again")

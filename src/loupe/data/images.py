@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from loupe.errors import DataError
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
-GREY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F"})
+GREY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16B", "I;16L"})
 RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -57,6 +57,12 @@ def open_image(source: Path | bytes) -> Image.Image:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         name = "the image" if isinstance(source, bytes) else str(source)
         raise DataError(f"{name} can't be decoded: {_explain(error)}") from error
+
+
+def read_mode(content: bytes) -> str:
+    """Pillow's name of the pixel format that a file is written in."""
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        return image.mode
 
 
 def _explain(error: Exception) -> str:

@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from loupe.data.images import open_image
+from loupe.data.images import open_image, read_mode
 from loupe.data.sources import Listing
 from loupe.errors import DataError
 
@@ -57,7 +57,7 @@ def _describe_file(path: Path) -> tuple[str | int | None, ...]:
     thumbnail = image.convert("L")
     thumbnail.thumbnail((PHASH_SIDE, PHASH_SIDE))
     digest = hashlib.sha256(content).hexdigest()
-    return (digest, image.width, image.height, image.mode, str(imagehash.phash(thumbnail)), len(content), None)
+    return (digest, image.width, image.height, read_mode(content), str(imagehash.phash(thumbnail)), len(content), None)
 
 
 def save_table(table: pd.DataFrame, path: Path, schema: pa.Schema | None = None) -> None:

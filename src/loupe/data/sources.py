@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,9 +58,13 @@ def name_source(root: Path) -> str:
 
 def _list_files(root: Path) -> list[Path]:
     """Paths, relative to `root`, of the files with an image's suffix; hidden ones are left out."""
-    if not root.exists():
-        raise DataError(f"{root} does not exist: expected a folder of images")
-    if not root.is_dir():
+    try:
+        is_folder = stat.S_ISDIR(root.stat().st_mode)
+    except FileNotFoundError as error:
+        raise DataError(f"{root} does not exist: expected a folder of images") from error
+    except OSError as error:
+        raise DataError(f"{root} can't be read ({error.strerror}): expected a folder of images") from error
+    if not is_folder:
         raise DataError(f"{root} is a file: expected a folder of images")
 
     def fail(error: OSError) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -103,10 +103,16 @@ def find_leaks(manifest: pd.DataFrame) -> pd.DataFrame:
     return given.loc[crossing].groupby("image_id")["path"].agg(", ".join).reset_index()
 
 
-def compute_tasks(manifest: pd.DataFrame, splits: pd.DataFrame, normal_labels: Iterable[str]) -> Tasks:
-    """Decide what to train: a classifier on two or more classes, a detector where there is a normal class."""
+def compute_tasks(manifest: pd.DataFrame, splits: pd.DataFrame, normal_labels: Sequence[str]) -> Tasks:
+    """Decide what to train: a classifier on two or more classes, a detector where there is a normal class.
+
+    Raises:
+        DataError: if there is nothing to train on.
+    """
     rows = manifest.merge(splits, on="image_id")
     labels = sorted(rows.loc[rows["split"].eq("train"), "label"].unique())
+    if not labels:
+        raise DataError("no image is left to train on: expected a train folder, or images without a given split")
     normal_label = next((label for label in normal_labels if label in labels), None)
     anomalous = rows["split"].eq("test") & rows["label"].ne(str(normal_label))
     few = len(labels) < 2

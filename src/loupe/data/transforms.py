@@ -104,9 +104,18 @@ def _build_transform(spec: Spec) -> A.BasicTransform:
 def augment_image(
     augmentation: A.Compose, image: UInt8[np.ndarray, "height width channels"], seed: Sequence[int]
 ) -> UInt8[np.ndarray, "height width channels"]:
-    """Augment one image. The same seed gives the same result, in whatever process and order."""
+    """Augment one image. The same seed gives the same result, in whatever process and order.
+
+    Raises:
+        ConfigError: if the transforms change its size or type.
+    """
     augmentation.set_random_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     augmented: np.ndarray = augmentation(image=image)["image"]
+    if augmented.dtype != np.uint8 or augmented.shape[:2] != image.shape[:2]:
+        raise ConfigError(
+            f"augment: the transforms must keep the size {image.shape[:2]} and uint8 values, "
+            f"got {augmented.shape[:2]} and {augmented.dtype}; remove what resizes or converts"
+        )
     return augmented.reshape(image.shape)
 
 

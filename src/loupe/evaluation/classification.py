@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int64
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, f1_score, log_loss
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, recall_score
 
 
 def compute_classification_metrics(
@@ -11,7 +11,7 @@ def compute_classification_metrics(
 ) -> dict[str, float]:
     """Accuracy, balanced accuracy, macro F1 (all in [0, 1], higher is better) and log loss (nats, lower is better).
 
-    Macro F1 is the mean over the classes that occur among the targets.
+    Balanced accuracy (mean recall) and macro F1 are means over the classes that occur among the targets.
     """
     num_labels = probabilities.shape[1]
     predicted = probabilities.argmax(axis=1)
@@ -20,9 +20,7 @@ def compute_classification_metrics(
     normalised /= normalised.sum(axis=1, keepdims=True)
     return {
         "accuracy": float(accuracy_score(targets, predicted)),
-        "balanced_accuracy": float(balanced_accuracy_score(targets, predicted))
-        if len(present) > 1
-        else float(accuracy_score(targets, predicted)),
+        "balanced_accuracy": float(recall_score(targets, predicted, labels=present, average="macro", zero_division=0)),
         "macro_f1": float(f1_score(targets, predicted, labels=present, average="macro", zero_division=0)),
         "log_loss": float(log_loss(targets, normalised, labels=np.arange(num_labels))),
     }

@@ -17,8 +17,8 @@ def draw_confusion(counts: Int64[np.ndarray, "num_labels num_labels"], labels: S
     axes = figure.add_subplot()
     parts = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     axes.imshow(parts, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right")
-    axes.set_yticks(range(len(labels)), labels)
+    axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", parse_math=False)
+    axes.set_yticks(range(len(labels)), labels, parse_math=False)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if len(labels) <= 30:
@@ -43,18 +43,19 @@ def draw_scores(
     axes = figure.add_subplot()
     is_normal = np.asarray(labels) == normal_label
     edges = list(np.histogram_bin_edges(scores, bins=50))
-    axes.hist(scores[is_normal], edges, density=True, color=BLUE, alpha=0.7, label=f"normal ({is_normal.sum()})")
-    axes.hist(scores[~is_normal], edges, density=True, color=RED, alpha=0.6, label=f"anomalous ({(~is_normal).sum()})")
+    for kind, chosen, color in (("normal", is_normal, BLUE), ("anomalous", ~is_normal, RED)):
+        weights = np.full(chosen.sum(), 1 / max(chosen.sum(), 1))
+        axes.hist(scores[chosen], edges, weights=weights, color=color, alpha=0.6, label=f"{kind} ({chosen.sum()})")
     axes.axvline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.3g}")
     axes.set_xlabel("anomaly score (raw)")
-    axes.set_ylabel("density of test images")
+    axes.set_ylabel("part of the test images of its kind")
     axes.legend()
     return figure
 
 
 def draw_heat_maps(
     images: UInt8[np.ndarray, "num_images height width channels"],
-    reconstructions: Float[np.ndarray, "num_images height width channels"],
+    reconstructions: Float[np.ndarray, "num_images input_height input_width channels"],
     maps: Float[np.ndarray, "num_images height width"],
     titles: Sequence[str],
 ) -> Figure:
@@ -66,7 +67,7 @@ def draw_heat_maps(
         axes[0, column].imshow(images[column].squeeze(), cmap="gray", vmin=0, vmax=255)
         axes[1, column].imshow(reconstructions[column].squeeze(), cmap="gray", vmin=0, vmax=1)
         axes[2, column].imshow(maps[column], cmap="inferno", vmin=0, vmax=top)
-        axes[0, column].set_title(title, fontsize=8)
+        axes[0, column].set_title(title, fontsize=8, parse_math=False)
     for row, name in enumerate(("original", "reconstruction", "anomaly map")):
         axes[row, 0].set_ylabel(name, fontsize=9)
     for one in axes.flat:
@@ -79,14 +80,14 @@ def draw_predictions(
     images: UInt8[np.ndarray, "num_images height width channels"], titles: Sequence[str], num_columns: int = 8
 ) -> Figure:
     """A grid of images, each under its title."""
-    num_rows = -(-len(images) // num_columns)
+    num_rows = max(1, -(-len(images) // num_columns))
     figure = Figure(figsize=(1.7 * num_columns, 2.1 * num_rows), layout="constrained", dpi=110)
     axes = figure.subplots(num_rows, num_columns, squeeze=False)
     for one in axes.flat:
         one.axis("off")
     for one, image, title in zip(axes.flat, images, titles, strict=False):
         one.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
-        one.set_title(title, fontsize=8)
+        one.set_title(title, fontsize=8, parse_math=False)
     return figure
 
 

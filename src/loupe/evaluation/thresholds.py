@@ -1,6 +1,7 @@
 """Thresholds from normal calibration images alone."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 from jaxtyping import Float
@@ -22,5 +23,5 @@ def compute_threshold(scores: Float[np.ndarray, " num_images"], false_alarm_rate
     """
     if scores.size == 0:
         raise ValueError("scores must hold at least one normal calibration image, got none")
-    rank = math.ceil((scores.size + 1) * (1 - false_alarm_rate))
+    rank = math.ceil((scores.size + 1) * (1 - Fraction(str(false_alarm_rate))))  # 0.7 is not 0.7 in binary
     return float(np.sort(scores)[min(rank, scores.size) - 1])

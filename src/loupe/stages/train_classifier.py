@@ -23,7 +23,9 @@ from loupe.training.trainer import choose_batch_size, choose_epochs
 # On two CPU cores the default backbone trains at about 0.9 million pixels a second: three minutes and a half.
 BUDGET_PIXELS = 180e6
 LEAST_EPOCHS, MOST_EPOCHS = 2, 20
-LEAST_FOR_BATCH_NORM = 2_000
+# Of fewer images, batch statistics are noise and large steps forget more than they learn.
+MANY_IMAGES = 2_000
+SMALL_LEARNING_RATE, LARGE_LEARNING_RATE = 3e-4, 2e-3
 FOLDER = MODELS / "classifier"
 
 log = logging.getLogger(__name__)
@@ -70,30 +72,29 @@ def _build_config(section: Section, prepared: Prepared, labels: list[str]) -> Cl
 
 def _choose_recipe(section: Section, prepared: Prepared) -> FineTuning:
     num_images = len(prepared.rows_of("train"))
-    pixels = prepared.geometry.input_height * prepared.geometry.input_width
-    epochs = choose_epochs(num_images, pixels, BUDGET_PIXELS, LEAST_EPOCHS, MOST_EPOCHS)
+    height, width = prepared.geometry.input_height, prepared.geometry.input_width
+    epochs = choose_epochs(num_images, height * width, BUDGET_PIXELS, LEAST_EPOCHS, MOST_EPOCHS)
+    learning_rate = LARGE_LEARNING_RATE if num_images >= MANY_IMAGES else SMALL_LEARNING_RATE
     recipe = FineTuning(
         head_epochs=section.head_epochs,
         head_learning_rate=section.head_learning_rate,
         epochs=epochs if section.epochs == "auto" else section.epochs,
         batch_size=choose_batch_size(num_images) if section.batch_size == "auto" else section.batch_size,
-        learning_rate=section.learning_rate,
+        learning_rate=learning_rate if section.learning_rate == "auto" else section.learning_rate,
         weight_decay=section.weight_decay,
         label_smoothing=section.label_smoothing,
         patience=section.patience,
-        adapts_batch_norm=num_images >= LEAST_FOR_BATCH_NORM,
+        adapts_batch_norm=num_images >= MANY_IMAGES,
     )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    log.info("%s on %s: %d images at %d x %d", section.backbone, device, num_images, height, width)
     log.info(
-        "%s on %s: %d images at %d x %d, %d epochs of the head and %d of the whole, batches of %d",
-        section.backbone,
-        device,
-        num_images,
-        prepared.geometry.input_height,
-        prepared.geometry.input_width,
+        "%d epochs of the head, %d of the whole, batches of %d, learning rate %g, batch norm %s",
         recipe.head_epochs,
         recipe.epochs,
         recipe.batch_size,
+        recipe.learning_rate,
+        "adapts" if recipe.adapts_batch_norm else "keeps its statistics",
     )
     return recipe
 
