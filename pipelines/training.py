@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import networkx as nx
 from dvc.repo import Repo
@@ -41,10 +42,10 @@ def train() -> State[None]:
     for stage in list_stages():
         state = run_stage.with_options(name=stage.rpartition(":")[2])(stage, timeout_seconds, return_state=True)
         if not state.is_completed():
-            return Failed(message=state.message)
+            return _fail(_get_reason(state))
     state = promote(timeout_seconds, return_state=True)
     if not state.is_completed():
-        return Failed(message=state.message)
+        return _fail(_get_reason(state))
     summary = write_summary()
     create_markdown_artifact(format_markdown(summary), key="training-summary")
     return Completed(message="everything is up to date")
@@ -61,7 +62,7 @@ def run_stage(stage: str, timeout_seconds: int) -> State[None]:
             if not line.startswith(DVC_ADVICE):
                 get_run_logger().info(line)
     except PipelineError as error:
-        return Failed(message=str(error))
+        return _fail(error)
     return Completed(name=name)
 
 
@@ -72,8 +73,18 @@ def promote(timeout_seconds: int) -> State[None]:
         for line in run_command(["loupe", "promote"], timeout_seconds):
             get_run_logger().info(line)
     except PipelineError as error:
-        return Failed(message=str(error))
+        return _fail(error)
     return Completed()
+
+
+def _fail(error: PipelineError) -> State[None]:
+    """A failed state that carries its reason as data: Prefect prints a state's message again at every level."""
+    return Failed(message="the log of the stage says why", data=error)
+
+
+def _get_reason(state: State[Any]) -> PipelineError:
+    reason = state.result(raise_on_failure=False)
+    return reason if isinstance(reason, PipelineError) else PipelineError(state.message or state.name)
 
 
 def list_stages() -> list[str]:
@@ -163,7 +174,7 @@ def main() -> None:
     try:
         state = train(return_state=True)
         if not state.is_completed():
-            raise PipelineError(state.message)
+            raise _get_reason(state)
         print_summary(write_summary())
     except LoupeError as error:
         sys.exit(f"error: {error}")

@@ -62,7 +62,7 @@ def obtain_files(folder: Path) -> None:
 
 
 def _obtain_from(obtain: Callable[[Path], None], folder: Path, missing: list[str]) -> None:
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(dir=folder.resolve()) as scratch:
         obtain(Path(scratch))
         for name in missing:
             found = next(Path(scratch).rglob(name))
