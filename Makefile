@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 export DVC_NO_ANALYTICS := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test check ui environment lock
+.PHONY: run test check bench bench-data ui environment lock
 
 environment: $(STAMP)
 
@@ -20,6 +20,9 @@ check: $(STAMP)
 	ruff format --check .
 	mypy
 	lint-imports
+
+bench bench-data: $(STAMP)
+	python benchmarks/data.py
 
 ui: $(STAMP)
 	@loupe ui

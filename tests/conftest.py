@@ -83,6 +83,33 @@ def mvtec(tmp_path: Path, write: Write) -> Path:
 
 
 @pytest.fixture(scope="session")
+def read() -> Callable[[Path], tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]]:
+    """Lists and decodes a folder: its manifest, quality and quarantine."""
+    from loupe.data.manifest import build_facts, build_manifest
+    from loupe.data.sources import list_images
+
+    def read(root: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+        listing = list_images(root)
+        return build_manifest(listing, build_facts(root, listing))
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def divide() -> Callable[..., pd.DataFrame]:
+    """Assigns splits to a manifest in which no two contents look alike."""
+    from loupe.data.split import Fractions, assign_splits, list_contents
+
+    def divide(
+        manifest: pd.DataFrame, fractions: tuple[float, float, float] = (0.2, 0.2, 0.2), seed: int = 0
+    ) -> pd.DataFrame:
+        contents = list_contents(manifest)
+        return assign_splits(contents.assign(cluster=range(len(contents))), Fractions(*fractions), seed)
+
+    return divide
+
+
+@pytest.fixture(scope="session")
 def tabulate() -> Callable[..., pd.DataFrame]:
     """Makes a manifest from (content, label, given split) triples; equal contents get equal ids."""
 

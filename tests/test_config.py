@@ -54,7 +54,7 @@ def test_an_unknown_key_fails_with_the_nearest_name(values, key, nearest):
 
 def test_an_unknown_key_that_resembles_none_lists_the_known_keys(values):
     message = message_of(put(values, "validate.zzz", 1))
-    assert message.endswith("known keys: max_aspect, max_bad_fraction, max_side, min_side")
+    assert message.endswith("known keys: max_aspect, max_bad_fraction, max_side, min_contrast, min_images, min_side")
 
 
 def test_a_missing_key_is_named(values):
@@ -108,7 +108,7 @@ def test_a_value_out_of_range_is_one_sentence_with_the_key_and_what_came(values,
 
 def test_a_word_that_is_no_choice_is_answered_with_the_choices(values):
     message = message_of(put(values, "ingest.layout", "folders"))
-    assert "'class_folders', 'split_folders' or 'mvtec', got 'folders'" in message
+    assert "'class_folders', 'split_folders', 'mvtec' or 'table', got 'folders'" in message
 
 
 def test_a_value_with_a_bar_in_it_is_repeated_as_it_came(values):

@@ -16,6 +16,8 @@ from loupe.errors import ConfigError
 Auto = Literal["auto"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+Side = Annotated[int, Field(ge=16, le=2048)]
+CodedSide = Annotated[int, Field(ge=16, le=2048, multiple_of=8)]
 
 
 class Section(BaseModel):
@@ -35,7 +37,7 @@ class Ingest(Section):
 
     source: Annotated[str, Field(min_length=1)]
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
-    layout: Literal["auto", "class_folders", "split_folders", "mvtec"]
+    layout: Literal["auto", "class_folders", "split_folders", "mvtec", "table"]
 
 
 class Validate(Section):
@@ -44,6 +46,8 @@ class Validate(Section):
     min_side: PositiveInt
     max_side: PositiveInt
     max_aspect: Annotated[float, Field(ge=1)]
+    min_contrast: Annotated[float, Field(ge=0)]
+    min_images: PositiveInt
     max_bad_fraction: Fraction
 
     @model_validator(mode="after")
@@ -70,16 +74,16 @@ class Split(Section):
 
 
 class PrepareTask(Section):
-    """The size a model sees, in pixels, and how an image is brought to it."""
+    """The size a model sees, in pixels (a side, or height and width), and how an image is brought to it."""
 
-    input_size: Annotated[int, Field(ge=16, le=2048)] | Auto
-    fit: Literal["crop", "squash"] | Auto
+    input_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | Auto
+    fit: Literal["crop", "squash", "pad"] | Auto
 
 
 class PrepareDetector(PrepareTask):
     """The same for the autoencoder, which halves its input three times."""
 
-    input_size: Annotated[int, Field(ge=16, le=2048, multiple_of=8)] | Auto
+    input_size: CodedSide | Annotated[list[CodedSide], Field(min_length=2, max_length=2)] | Auto
 
 
 class Prepare(Section):

@@ -1,30 +1,58 @@
+import copy
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
-from loupe.data.expectations import Finding, Limits, validate_images
-from loupe.data.manifest import build_manifest
-from loupe.data.sources import list_images
+from loupe.data.expectations import (
+    QUALITIES,
+    Finding,
+    Images,
+    Limits,
+    describe_images,
+    list_worst,
+    validate_images,
+)
+from loupe.data.manifest import check_masks
 
-DECODES = "Every file decodes as an image"
+DECODES = "Every file decodes as one image"
 SMALL = "Every image is at least 8 pixels wide and high"
 LARGE = "Every image is at most 100 pixels wide and high"
 LONG = "No image is more than 5 times as long as wide"
 MODE = "Every image has a known mode"
 LABEL_KNOWN = "Every label of val and test is also a label of train"
+FEW = "Every label that must be divided has at least 3 images"
 ONE_LABEL = "Every content has one label"
+MASK = "Every mask has its image's size and marks something"
+PARTED = "Near-duplicates are not parted by the given splits"
+FLAT = "No image is flat: its grey values deviate by at least 2"
+FAR_OFF = [f"No image is far off the rest in {quality}" for quality in QUALITIES]
+NO_LEAKS = pd.DataFrame({"first": [], "second": []}, dtype="str")
 
 
 @pytest.fixture
-def check(tmp_path):
+def collect(read):
+    """Reads a folder into what the suite looks at."""
+
+    def collect(root, leaks=NO_LEAKS):
+        manifest, quality, quarantine = read(root)
+        return Images(manifest, quality, check_masks(root, manifest), quarantine, leaks)
+
+    return collect
+
+
+def limits(max_bad_fraction=0.1):
+    return Limits(8, 100, max_aspect=5.0, min_contrast=2.0, min_images=3, max_bad_fraction=max_bad_fraction)
+
+
+@pytest.fixture
+def check(tmp_path, collect):
     """Runs the suite on a folder of images; findings by their sentence."""
 
-    def check(root, max_bad_fraction=0.1):
-        manifest, quarantine = build_manifest(root, list_images(root))
-        limits = Limits(min_side=8, max_side=100, max_aspect=5.0, max_bad_fraction=max_bad_fraction)
-        findings, result = validate_images(manifest, quarantine, limits, tmp_path / "docs")
+    def check(root, max_bad_fraction=0.1, leaks=NO_LEAKS):
+        findings, result = validate_images(collect(root, leaks), limits(max_bad_fraction), tmp_path / "docs")
         critical = [finding.success for finding in findings if finding.severity == "critical"]
         assert result["success"] == all(finding.success for finding in findings)
         return {finding.sentence: finding for finding in findings}, all(critical)
@@ -36,7 +64,20 @@ def check(tmp_path):
 def test_good_images_meet_every_expectation(check, request, layout):
     findings, good = check(request.getfixturevalue(layout))
     assert good
-    assert list(findings) == [DECODES, SMALL, LARGE, LONG, MODE, LABEL_KNOWN, ONE_LABEL]
+    assert list(findings) == [
+        DECODES,
+        SMALL,
+        LARGE,
+        LONG,
+        MODE,
+        LABEL_KNOWN,
+        FEW,
+        ONE_LABEL,
+        MASK,
+        PARTED,
+        FLAT,
+        *FAR_OFF,
+    ]
     assert all(finding.success and finding.num_failing == 0 and finding.files == [] for finding in findings.values())
 
 
@@ -159,10 +200,104 @@ def test_the_pages_for_people_tell_what_is_expected_and_which_files_fail(check, 
     assert "cat/0.png" in next((tmp_path / "docs" / "validations").rglob("*.html")).read_text()
 
 
-def test_validating_does_not_change_its_tables(class_folders, tmp_path):
+def test_validating_does_not_change_its_tables(class_folders, collect, tmp_path):
     (class_folders / "cat" / "0.png").write_bytes(b"")
-    manifest, quarantine = build_manifest(class_folders, list_images(class_folders))
-    before = manifest.copy(), quarantine.copy()
-    validate_images(manifest, quarantine, Limits(8, 100, 5.0, 0.1), tmp_path / "docs")
-    pd.testing.assert_frame_equal(manifest, before[0])
-    pd.testing.assert_frame_equal(quarantine, before[1])
+    images = collect(class_folders)
+    before = copy.deepcopy(images)
+    validate_images(images, limits(), tmp_path / "docs")
+    for name in ("manifest", "quality", "masks", "quarantine", "leaks"):
+        pd.testing.assert_frame_equal(getattr(images, name), getattr(before, name))
+
+
+def test_a_label_of_too_few_images_fails_and_its_files_are_named(check, class_folders, write):
+    for number in range(2):
+        write(class_folders / "cow" / f"{number}.png", 200 + number)
+    findings, good = check(class_folders)
+    assert not good
+    assert findings[FEW].files == [f"cow/{number}.png (num images of label: 2)" for number in range(2)]
+
+
+def test_copies_do_not_make_a_label_larger(check, class_folders, write):
+    write(class_folders / "cow" / "0.png", 200)
+    for number in range(1, 5):
+        shutil.copyfile(class_folders / "cow" / "0.png", class_folders / "cow" / f"{number}.png")
+    assert check(class_folders)[0][FEW].num_failing == 5
+
+
+def test_a_label_of_the_given_test_alone_may_be_small(check, mvtec):
+    assert check(mvtec)[0][FEW].success
+
+
+@pytest.mark.parametrize("problem", ["size", "empty", "broken"])
+def test_a_bad_mask_fails_and_its_image_is_named(check, mvtec, problem):
+    path = mvtec / "ground_truth" / "scratch" / "1_mask.png"
+    if problem == "broken":
+        path.write_bytes(b"")
+    else:
+        Image.new("L", (24, 20) if problem == "empty" else (20, 24), 0).save(path)
+    findings, good = check(mvtec)
+    assert not good
+    assert findings[MASK].num_failing == 1
+    assert findings[MASK].files[0].startswith("test/scratch/1.png (mask problem: ")
+
+
+def test_near_duplicates_that_the_given_splits_part_are_told_and_pass(check, split_folders):
+    leaks = pd.DataFrame({"first": ["train/cat/0.png"], "second": ["test/cat/1.png"]})
+    findings, good = check(split_folders, leaks=leaks)
+    assert good
+    assert findings[PARTED].severity == "warning"
+    assert findings[PARTED].files == [
+        "test/cat/1.png (near duplicate: train/cat/0.png)",
+        "train/cat/0.png (near duplicate: test/cat/1.png)",
+    ]
+
+
+def test_a_file_with_several_near_duplicates_is_named_once(check, split_folders):
+    leaks = pd.DataFrame({"first": ["train/cat/0.png"] * 2, "second": ["test/cat/1.png", "test/cat/0.png"]})
+    assert check(split_folders, leaks=leaks)[0][PARTED].num_failing == 3
+
+
+def test_a_flat_image_is_told_and_passes(check, class_folders):
+    Image.new("L", (24, 20), 100).save(class_folders / "cat" / "flat.png")
+    findings, good = check(class_folders)
+    assert good
+    assert findings[FLAT].files == ["cat/flat.png (contrast: 0)"]
+
+
+def test_an_image_far_darker_than_the_rest_is_told_and_passes(check, class_folders):
+    pixels = np.random.default_rng(0).integers(0, 12, (20, 24), dtype=np.uint8)
+    Image.fromarray(pixels).save(class_folders / "cat" / "dark.png")
+    findings, good = check(class_folders)
+    assert good
+    assert findings[FAR_OFF[0]].files[0].startswith("cat/dark.png (brightness offset: -")
+
+
+def test_where_most_images_are_equally_bright_none_is_far_off(check, tmp_path):
+    (tmp_path / "pets" / "cat").mkdir(parents=True)
+    for number in range(5):
+        image = Image.new("L", (24, 20), 100)
+        image.putpixel((number, 0), 101)
+        image.save(tmp_path / "pets" / "cat" / f"{number}.png")
+    Image.new("L", (24, 20), 200).save(tmp_path / "pets" / "cat" / "bright.png")
+    findings, _ = check(tmp_path / "pets")
+    assert findings[FAR_OFF[0]].success
+
+
+def test_the_worst_images_are_those_with_problems_first_and_say_which(class_folders, collect):
+    Image.new("L", (24, 20), 100).save(class_folders / "cat" / "flat.png")
+    shutil.copyfile(class_folders / "cat" / "2.png", class_folders / "dog" / "copy.png")
+    worst = list_worst(describe_images(collect(class_folders)), limits(), 3).set_index("path")["caption"]
+    assert set(worst.index) == {"cat/flat.png", "cat/2.png", "dog/copy.png"}
+    assert worst["cat/flat.png"] == "cat/flat.png\nflat"
+    assert worst["dog/copy.png"] == "dog/copy.png\ntwo labels"
+
+
+def test_no_more_of_the_worst_images_are_listed_than_asked_for(class_folders, collect):
+    for number in range(4):
+        Image.new("L", (24, 20), 100 + number).save(class_folders / "cat" / f"flat{number}.png")
+    assert len(list_worst(describe_images(collect(class_folders)), limits(), 2)) == 2
+
+
+def test_files_that_do_not_decode_are_not_among_the_worst_images(class_folders, collect):
+    (class_folders / "cat" / "bad.png").write_bytes(b"")
+    assert "cat/bad.png" not in set(list_worst(describe_images(collect(class_folders)), limits(), 99)["path"])

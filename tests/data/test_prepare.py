@@ -5,10 +5,7 @@ import pytest
 from PIL import Image
 
 from loupe.data.images import Geometry, fit_image, open_image
-from loupe.data.manifest import build_manifest
 from loupe.data.prepare import choose_classifier_geometry, choose_detector_geometry, load_prepared, prepare_images
-from loupe.data.sources import list_images
-from loupe.data.split import Fractions, assign_splits
 from loupe.errors import DataError
 
 
@@ -55,7 +52,7 @@ def test_the_median_decides_and_not_one_odd_image(rows_of):
 
 
 def test_a_size_and_a_fit_that_are_asked_for_are_taken(rows_of):
-    geometry = for_classifier(rows_of(500, 300), input_size=96, fit="crop")
+    geometry = for_classifier(rows_of(500, 300), input_size=(96, 96), fit="crop")
     assert geometry == Geometry(110, 110, 3, 96, 96, 96, 96, "crop", "bicubic")
 
 
@@ -88,10 +85,10 @@ def test_one_image_in_colour_asks_for_three_channels(rows_of):
 
 
 @pytest.fixture
-def bolts(mvtec):
+def bolts(mvtec, read, divide):
     """Manifest rows with their splits."""
-    manifest, _ = build_manifest(mvtec, list_images(mvtec))
-    return manifest.merge(assign_splits(manifest, Fractions(0.2, 0.2, 0.2), 0), on="image_id")
+    manifest = read(mvtec)[0]
+    return manifest.merge(divide(manifest), on="image_id")
 
 
 GEOMETRY = Geometry(20, 24, 3, 20, 24, 32, 32, "squash", "bilinear")
@@ -136,8 +133,8 @@ def test_a_defect_thinner_than_a_pixel_is_kept(tmp_path, tabulate):
     assert load_prepared(tmp_path / "prepared").masks[0, 10, 3:17].all()
 
 
-def test_without_masks_there_is_an_empty_array(class_folders, tmp_path):
-    manifest, _ = build_manifest(class_folders, list_images(class_folders))
+def test_without_masks_there_is_an_empty_array(class_folders, read, tmp_path):
+    manifest = read(class_folders)[0]
     prepare_images(class_folders, manifest.assign(split="train"), GEOMETRY, tmp_path / "prepared")
     prepared = load_prepared(tmp_path / "prepared")
     assert prepared.masks.shape == (0, 20, 24)

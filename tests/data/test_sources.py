@@ -1,6 +1,7 @@
 import os
 import shutil
 
+import pandas as pd
 import pytest
 
 from loupe.data.sources import list_images, name_source
@@ -158,6 +159,122 @@ def test_an_unreadable_folder_is_an_error(class_folders):
         (class_folders / "cat").chmod(0o700)
 
 
+@pytest.fixture
+def table(tmp_path, write):
+    """Writes images 0.png to 3.png in a folder with a table of these columns beside them; returns the folder."""
+
+    def table(suffix=".csv", **columns):
+        root = tmp_path / "pets"
+        for number in range(4):
+            write(root / "images" / f"{number}.png", number)
+        values = {"path": [f"images/{n}.png" for n in range(4)], "label": ["cat", "cat", "dog", "dog"], **columns}
+        frame = pd.DataFrame({name: column for name, column in values.items() if column is not None})
+        frame.to_csv(root / "list.csv", index=False) if suffix == ".csv" else frame.to_parquet(root / f"list{suffix}")
+        return root
+
+    return table
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_table_beside_the_images_is_recognised_and_read(table, suffix):
+    listing = list_images(
+        table(
+            suffix,
+            split=["train", "valid", "test", None],
+            group=["a", "a", None, "b"],
+            mask=[None, None, None, "images/0.png"],
+        )
+    )
+    rows = listing.rows
+    assert listing.layout == "table"
+    assert rows["label"].tolist() == ["cat", "cat", "dog", "dog"]
+    assert rows["given_split"].fillna("").tolist() == ["train", "val", "test", ""]
+    assert rows["group"].fillna("").tolist() == ["a", "a", "", "b"]
+    assert rows["mask_path"].fillna("").tolist() == ["", "", "", "images/0.png"]
+
+
+def test_a_table_of_path_and_label_alone_gives_no_splits_groups_or_masks(table):
+    assert list_images(table()).rows[["given_split", "group", "mask_path"]].isna().all(axis=None)
+
+
+def test_a_table_counts_before_folders(table, write):
+    root = table()
+    write(root / "cow" / "0.png", 9)
+    rows = list_images(root).rows
+    assert len(rows) == 4
+    assert "cow" not in set(rows["label"])
+
+
+def test_a_table_of_other_things_is_passed_over(class_folders):
+    (class_folders / "weather.csv").write_text("day,rain\n1,2\n")
+    assert list_images(class_folders).layout == "class_folders"
+
+
+@pytest.mark.parametrize("content", ["", "a,b\n1,2,3,4\n", "\x00\x01"])
+def test_a_broken_table_beside_class_folders_does_not_hide_them(class_folders, content):
+    (class_folders / "notes.csv").write_text(content)
+    assert list_images(class_folders).layout == "class_folders"
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([0, 0, 1, 1], ["0", "0", "1", "1"]),
+        (["007", "007", "7", "7"], ["007", "007", "7", "7"]),
+        (["None", "None", "NA", "NA"], ["None", "None", "NA", "NA"]),
+        (["1.0", "1.0", "true", "true"], ["1.0", "1.0", "true", "true"]),
+    ],
+)
+def test_labels_of_a_table_are_taken_as_they_are_written(table, labels, expected):
+    assert list_images(table(label=labels)).rows["label"].tolist() == expected
+
+
+def test_whole_numbers_as_groups_stay_whole_where_some_are_missing(table):
+    assert list_images(table(group=["1", None, "1", "2"])).rows["group"].fillna("").tolist() == ["1", "", "1", "2"]
+
+
+def test_a_file_that_a_table_lists_and_that_is_missing_is_set_aside(table, read):
+    manifest, _, quarantine = read(table(path=["images/0.png", "images/1.png", "images/2.png", "images/gone.png"]))
+    assert len(manifest) == 3
+    assert quarantine.iloc[0].to_dict() == {"path": "images/gone.png", "label": "dog", "reason": "does not exist"}
+
+
+@pytest.mark.parametrize("outside", ["../outside.png", "{tmp_path}/outside.png"])
+def test_a_file_that_a_table_lists_outside_of_the_folder_is_set_aside(table, read, write, tmp_path, outside):
+    write(tmp_path / "outside.png", 9)
+    paths = ["images/0.png", "images/1.png", "images/2.png", outside.format(tmp_path=tmp_path)]
+    manifest, _, quarantine = read(table(path=paths))
+    assert len(manifest) == 3
+    assert "outside" in quarantine["reason"].item() or "leaves" in quarantine["reason"].item()
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"split": ["train", "train", "dev", "test"]}, "split must be one of train, val, .*, got 'dev'"),
+        ({"label": ["cat", None, "dog", "dog"]}, "every row must have a path and a label"),
+        ({"label": None}, r"must have the columns path and label; label is missing"),
+    ],
+)
+def test_a_table_that_lacks_something_is_an_error_that_names_it(table, columns, message):
+    with pytest.raises(DataError, match=message):
+        list_images(table(**columns), "table")
+
+
+def test_two_tables_beside_the_images_are_an_error(table):
+    root = table()
+    shutil.copyfile(root / "list.csv", root / "list2.csv")
+    with pytest.raises(DataError, match=r"must hold one \.csv or \.parquet table beside its images, got 2"):
+        list_images(root)
+
+
+def test_a_table_that_can_not_be_read_is_an_error(table):
+    root = table()
+    (root / "list.csv").rename(root / "list.parquet")
+    with pytest.raises(DataError, match=r"list\.parquet can't be read as a table"):
+        list_images(root, "table")
+
+
 @pytest.mark.parametrize(
     ("path", "name"),
     [
@@ -169,3 +286,9 @@ def test_an_unreadable_folder_is_an_error(class_folders):
 )
 def test_a_source_is_named_after_the_folder_that_says_something(tmp_path, path, name):
     assert name_source(tmp_path / path) == name
+
+
+def test_a_path_that_a_table_lists_twice_is_named(class_folders):
+    (class_folders / "list.csv").write_text("path,label\ncat/0.png,cat\ncat/0.png,dog\n")
+    with pytest.raises(DataError, match=r"one row an image, got cat/0\.png more than once"):
+        list_images(class_folders)

@@ -4,12 +4,9 @@ import pytest
 from loupe.data.images import Geometry
 from loupe.data.transforms import (
     POLICIES,
-    SHEET_GAP,
-    SHEET_TILE,
     augment_image,
     build_augmentation,
     choose_policy,
-    draw_contact_sheet,
 )
 from loupe.errors import ConfigError
 
@@ -133,14 +130,3 @@ def test_augmenting_does_not_change_its_image(image):
     before = image.copy()
     augment_image(build_augmentation([{"name": "RandomBrightnessContrast", "p": 1.0}]), image, (0,))
     np.testing.assert_array_equal(image, before)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_the_contact_sheet_has_a_row_an_image_with_the_original_at_its_left(image, channels):
-    blank = np.full((28, 28, channels), 7, np.uint8)
-    augmentation = build_augmentation([{"name": "InvertImg", "p": 1.0}])
-    sheet = draw_contact_sheet([image[:28, :28, :channels], blank], augmentation, 0, num_versions=3)
-    step = SHEET_TILE + SHEET_GAP
-    assert sheet.size == (4 * step + 2 * SHEET_GAP, 2 * step + SHEET_GAP)
-    assert sheet.getpixel((SHEET_GAP + 5, SHEET_GAP + step + 5)) == (7, 7, 7)
-    assert sheet.getpixel((2 * SHEET_GAP + step + 5, SHEET_GAP + step + 5)) == (248, 248, 248)

@@ -9,6 +9,7 @@ from typing import Any
 os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
 
 import great_expectations as gx
+import numpy as np
 import pandas as pd
 from great_expectations.checkpoint import Checkpoint, UpdateDataDocsAction
 from great_expectations.core import (
@@ -31,17 +32,33 @@ from great_expectations.expectations.metadata_types import FailureSeverity
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "I;16B", "I;16L")
 NUM_NAMED = 5
+LEAST_DEVIATION = 1e-3  # less is rounding
 DOCS_SITE = "data_docs"
+QUALITIES = ("brightness", "contrast", "sharpness")
+MAX_OFFSET = 6.0  # robust standard deviations; of normally distributed values, one in a thousand million is further off
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Sides in pixels; `max_bad_fraction` is the part of the files that may be unreadable."""
+    """Sides in pixels; `min_images` is of a label that must be divided; `max_bad_fraction` of the files."""
 
     min_side: int
     max_side: int
     max_aspect: float
+    min_contrast: float
+    min_images: int
     max_bad_fraction: float
+
+
+@dataclass(frozen=True)
+class Images:
+    """The tables of the ingest stage, and pairs of near-duplicate paths that the given splits part (first, second)."""
+
+    manifest: pd.DataFrame
+    quality: pd.DataFrame
+    masks: pd.DataFrame
+    quarantine: pd.DataFrame
+    leaks: pd.DataFrame
 
 
 @dataclass(frozen=True)
@@ -61,9 +78,7 @@ class Finding:
         return f"{self.sentence}: {self.num_failing} of the files fail this: {', '.join(self.files)}{more}"
 
 
-def validate_images(
-    manifest: pd.DataFrame, quarantine: pd.DataFrame, limits: Limits, docs_folder: Path
-) -> tuple[list[Finding], Mapping[str, Any]]:
+def validate_images(images: Images, limits: Limits, docs_folder: Path) -> tuple[list[Finding], Mapping[str, Any]]:
     """Run the suite on the manifest together with the quarantined files, and build Data Docs.
 
     Returns:
@@ -82,49 +97,114 @@ def validate_images(
             result_format={"result_format": "COMPLETE", "unexpected_index_column_names": ["path"]},
         )
     )
-    table = _add_computed_columns(manifest, quarantine)
-    result = checkpoint.run(batch_parameters={"dataframe": table})
+    result = checkpoint.run(batch_parameters={"dataframe": describe_images(images)})
     (suite_result,) = result.run_results.values()
     return [_read_finding(one) for one in suite_result.results], result.describe_dict()
 
 
 def _build_expectations(limits: Limits) -> list[ColumnMapExpectation]:
     stop, tell = FailureSeverity.CRITICAL, FailureSeverity.WARNING
-    between, within = ExpectColumnValuesToBeBetween, ExpectColumnValuesToBeInSet
+    null, between, within = ExpectColumnValuesToBeNull, ExpectColumnValuesToBeBetween, ExpectColumnValuesToBeInSet
     small = f"Every image is at least {limits.min_side} pixels wide and high"
     large = f"Every image is at most {limits.max_side} pixels wide and high"
     long = f"No image is more than {limits.max_aspect:g} times as long as wide"
+    few = f"Every label that must be divided has at least {limits.min_images} images"
+    flat = f"No image is flat: its grey values deviate by at least {limits.min_contrast:g}"
     mostly = round(1 - limits.max_bad_fraction, 9)  # 1 - 0.41 is not 0.59 in binary
-    decodes, known = "Every file decodes as an image", "Every label of val and test is also a label of train"
-    return [
-        ExpectColumnValuesToBeNull(column="problem", mostly=mostly, severity=stop, notes=decodes),
+    known = "Every label of val and test is also a label of train"
+    parted = "Near-duplicates are not parted by the given splits"
+    expectations = [
+        null(column="problem", mostly=mostly, severity=stop, notes="Every file decodes as one image"),
         between(column="short_side", min_value=limits.min_side, severity=stop, notes=small),
         between(column="long_side", max_value=limits.max_side, severity=stop, notes=large),
         between(column="aspect", max_value=limits.max_aspect, severity=tell, notes=long),
         within(column="mode", value_set=list(MODES), severity=stop, notes="Every image has a known mode"),
         within(column="label_is_known", value_set=[True], severity=stop, notes=known),
+        between(column="num_images_of_label", min_value=limits.min_images, severity=stop, notes=few),
         between(column="num_labels_of_content", max_value=1, severity=stop, notes="Every content has one label"),
+        null(column="mask_problem", severity=stop, notes="Every mask has its image's size and marks something"),
+        null(column="near_duplicate", severity=tell, notes=parted),
+        between(column="contrast", min_value=limits.min_contrast, severity=tell, notes=flat),
     ]
+    for name in QUALITIES:
+        sentence = f"No image is far off the rest in {name}"
+        column = f"{name}_offset"
+        expectations.append(
+            between(column=column, min_value=-MAX_OFFSET, max_value=MAX_OFFSET, severity=tell, notes=sentence)
+        )
+    return expectations
 
 
-def _add_computed_columns(manifest: pd.DataFrame, quarantine: pd.DataFrame) -> pd.DataFrame:
+def describe_images(images: Images) -> pd.DataFrame:
+    """The table that the suite looks at: one row a file, with a column for each thing that is expected."""
+    quality = images.quality.drop(columns="thumbnail").astype(dict.fromkeys(QUALITIES, np.float64))
+    manifest = images.manifest.merge(quality, on="image_id", how="left")
     sides = manifest[["width", "height"]]
     short, long = sides.min(axis=1), sides.max(axis=1)
+    masks, leaks = images.masks.set_index("path")["problem"], images.leaks
+    neighbours = pd.Series([*leaks["second"], *leaks["first"]], [*leaks["first"], *leaks["second"]], dtype=object)
     rows = manifest.assign(
         short_side=short,
         long_side=long,
         aspect=long / short,
         label_is_known=_is_label_known(manifest),
+        num_images_of_label=_count_images_to_divide(manifest),
         num_labels_of_content=manifest.groupby("image_id")["label"].transform("nunique"),
+        mask_problem=manifest["path"].map(masks),
+        near_duplicate=manifest["path"].map(neighbours[~neighbours.index.duplicated()]),
+        brightness_offset=_compute_offset(manifest["brightness"]),
+        contrast_offset=_compute_offset(manifest["contrast"]),
+        sharpness_offset=_compute_offset(np.log1p(manifest["sharpness"])),
         problem=None,
     )
-    return pd.concat([rows, quarantine.rename(columns={"reason": "problem"})], ignore_index=True)
+    return pd.concat([rows, images.quarantine.rename(columns={"reason": "problem"})], ignore_index=True)
 
 
 def _is_label_known(manifest: pd.DataFrame) -> pd.Series:
     """Where train holds one class alone, the rest are anomalies and need not be known."""
     in_train = set(manifest.loc[~manifest["given_split"].isin(["val", "test"]), "label"])
     return manifest["label"].isin(in_train) if len(in_train) > 1 else pd.Series(True, index=manifest.index)
+
+
+def _count_images_to_divide(manifest: pd.DataFrame) -> pd.Series:
+    """Distinct contents of the image's label that are not in a given val or test; missing for those that are."""
+    to_divide = manifest[~manifest["given_split"].isin(["val", "test"])]
+    counts = to_divide.groupby("label")["image_id"].transform("nunique")
+    return counts.reindex(manifest.index)
+
+
+def _compute_offset(values: pd.Series) -> pd.Series:
+    """Distance from the median in robust standard deviations: 1.4826 times the median absolute deviation.
+
+    Where more than half of the values are equal there is no such scale, and no value is off.
+    """
+    deviation = 1.4826 * (values - values.median()).abs().median()
+    return (values - values.median()) / deviation if deviation > LEAST_DEVIATION else values * 0
+
+
+def list_worst(rows: pd.DataFrame, limits: Limits, num_images: int) -> pd.DataFrame:
+    """The readable images that most deserve a look: columns path and caption.
+
+    First those with a problem of their own, then those that are furthest off the rest.
+
+    Args:
+        rows: from `describe_images`.
+    """
+    rows = rows[rows["image_id"].notna()]
+    offsets = rows[[f"{name}_offset" for name in QUALITIES]].set_axis(list(QUALITIES), axis=1)
+    furthest = offsets.abs().max(axis=1)
+    problems = {
+        "two labels": rows["num_labels_of_content"] > 1,
+        "its mask": rows["mask_problem"].notna(),
+        "like one of another split": rows["near_duplicate"].notna(),
+        "flat": rows["contrast"] < limits.min_contrast,
+        **{f"far off in {name}": offsets[name].abs() > MAX_OFFSET for name in QUALITIES},
+    }
+    found = pd.DataFrame(problems)
+    order = furthest.where(~found.iloc[:, : -len(QUALITIES)].any(axis=1), np.inf)[found.any(axis=1)]
+    chosen = order.sort_values(ascending=False, kind="stable").index[:num_images]
+    captions = rows.loc[chosen, "path"].str[-24:] + "\n" + found.loc[chosen].idxmax(axis=1).astype("str")
+    return pd.DataFrame({"path": rows.loc[chosen, "path"], "caption": captions}).reset_index(drop=True)
 
 
 def _configure(docs_folder: Path) -> DataContextConfig:

@@ -11,7 +11,18 @@ from PIL import Image, ImageOps
 
 from loupe.errors import DataError
 
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs: a quarter of a gigabyte in RGB
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
+ORIENTATION_TAG = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 GREY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16B", "I;16L"})
 RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -19,6 +30,9 @@ RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
     "nearest": Image.Resampling.NEAREST,
 }
+
+
+Fit = Literal["crop", "squash", "pad"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +50,7 @@ class Geometry:
     crop_width: int
     input_height: int
     input_width: int
-    fit: Literal["crop", "squash"]
+    fit: Fit
     interpolation: str
 
     def to_json(self) -> dict[str, Any]:
@@ -48,21 +62,35 @@ def open_image(source: Path | bytes) -> Image.Image:
     """Decode an image whole, upright, with 16-bit depth brought to 8 bits.
 
     Raises:
-        DataError: if it can't be read as one of FORMATS; says why.
+        DataError: if it is not one whole picture in one of FORMATS; says why.
+    """
+    return decode_image(source)[0]
+
+
+def decode_image(source: Path | bytes) -> tuple[Image.Image, str]:
+    """What `open_image` gives, and Pillow's name of the pixel format that the file is written in.
+
+    Raises:
+        DataError: if it is not one whole picture in one of FORMATS; says why.
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            mode = image.mode
+            _check_header(image)
             image.load()
-            return _to_eight_bits(ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return _to_eight_bits(_turn_upright(image)), mode
+    except Exception as error:  # Pillow's readers raise a dozen kinds, whatever their parsing ran into
         name = "the image" if isinstance(source, bytes) else str(source)
         raise DataError(f"{name} can't be decoded: {_explain(error)}") from error
 
 
-def read_mode(content: bytes) -> str:
-    """Pillow's name of the pixel format that a file is written in."""
-    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        return image.mode
+def _check_header(image: Image.Image) -> None:
+    """Refuse what would not fit in memory, or is more than one picture. A phone's MPO is a photo and its preview."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"it has {image.width} x {image.height} pixels, and more than {MAX_PIXELS} may be an attack")
+    num_frames = getattr(image, "n_frames", 1)
+    if num_frames > 1 and image.format != "MPO":
+        raise ValueError(f"it holds {num_frames} pictures, and one is expected")
 
 
 def _explain(error: Exception) -> str:
@@ -71,8 +99,19 @@ def _explain(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
+def _turn_upright(image: Image.Image) -> Image.Image:
+    """Apply EXIF's orientation. Pillow's own function also writes the tags anew, and fails on odd ones."""
+    turn = TURNS.get(image.getexif().get(ORIENTATION_TAG, 1))
+    return image if turn is None else image.transpose(turn)
+
+
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Pillow clips 16-bit values when it converts them; the high byte is what an eye would see."""
+    """Pillow clips 16-bit values when it converts them; the high byte is what an eye would see.
+
+    A palette with transparency becomes RGBA, the one form of it that converts to others.
+    """
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA")
     if not image.mode.startswith("I"):
         return image
     values = np.asarray(image)
@@ -82,13 +121,16 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 def fit_image(image: Image.Image, geometry: Geometry) -> UInt8[np.ndarray, "height width channels"]:
     """Bring an image to the geometry's height, width and channels.
 
-    `crop` scales it to cover the target and cuts the middle out; `squash` keeps all of it and not its aspect.
+    `crop` scales it to cover the target and cuts the middle out; `squash` keeps all of it and not its aspect; `pad`
+    keeps both, and fills the rest with black.
     """
     image = image.convert("L" if geometry.channels == 1 else "RGB")
     target = (geometry.width, geometry.height)
     resampling = RESAMPLING[geometry.interpolation]
     if geometry.fit == "crop":
         image = ImageOps.fit(image, target, method=resampling)
+    elif geometry.fit == "pad":
+        image = ImageOps.pad(image, target, method=resampling)
     elif image.size != target:
         image = image.resize(target, resampling)
     return np.asarray(image).reshape(geometry.height, geometry.width, geometry.channels)

@@ -1,15 +1,23 @@
-"""The manifest: one row an image, and the quarantine of files that could not be read."""
+"""The manifest: one row an image; the quality of each; and the quarantine of files that could not be used."""
 
 import hashlib
+import inspect
+import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import imagehash
+import cv2
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import scipy.fft
+from jaxtyping import UInt8
+from PIL import Image
 
-from loupe.data.images import open_image, read_mode
+from loupe.data import images
+from loupe.data.images import decode_image
 from loupe.data.sources import Listing
 from loupe.errors import DataError
 
@@ -28,36 +36,173 @@ SCHEMA = pa.schema(
         ("num_bytes", pa.int64()),
     ]
 )
+QUALITY_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("brightness", pa.float32()),  # mean grey value of a miniature, 0 to 255
+        (
+            "contrast",
+            pa.float32(),
+        ),  # deviation of the grey values, of the middle or of the miniature if larger
+        ("sharpness", pa.float32()),  # variance of the Laplacian of the middle, at most MIDDLE_SIDE pixels a side
+        ("thumbnail", pa.binary()),  # grey, THUMBNAIL_SIDE x THUMBNAIL_SIDE, row by row
+    ]
+)
+MASKS_SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),  # of the image
+        ("mask_path", pa.string()),
+        ("problem", pa.string()),  # null where the mask is as it should be
+    ]
+)
 QUARANTINE_SCHEMA = pa.schema([("path", pa.string()), ("label", pa.string()), ("reason", pa.string())])
-PHASH_SIDE = 64
+MIDDLE_SIDE, MINIATURE_SIDE, THUMBNAIL_SIDE = 128, 32, 16
+STAMP = ["path", "num_bytes", "modified_ns"]  # as long as these stay, a file's content is taken to stay
+FACTS = ["image_id", "width", "height", "mode", "contrast", "sharpness", "miniature", "reason"]
 
 
-def build_manifest(root: Path, listing: Listing) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Decode every listed image once, in parallel.
+def build_facts(root: Path, listing: Listing, known: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Decode each listed image once, in parallel; files that are in `known` with the same stamp are not read again.
+
+    Args:
+        root: the source folder.
+        known: what an earlier call returned, if anything.
 
     Returns:
-        The manifest (columns of SCHEMA) and the quarantine (path, label, reason), both sorted by path.
+        STAMP and FACTS of each listed path; where `reason` is set, the file can't be used.
     """
-    with ThreadPoolExecutor() as pool:
-        described = list(pool.map(lambda path: _describe_file(root / path), listing.rows["path"], chunksize=64))
-    facts = pd.DataFrame(described, columns=["image_id", "width", "height", "mode", "phash", "num_bytes", "reason"])
-    rows = pd.concat([listing.rows.reset_index(drop=True), facts], axis=1)
-    readable = rows["reason"].isna()
-    manifest = rows.loc[readable, SCHEMA.names].reset_index(drop=True)
-    return manifest, rows.loc[~readable, QUARANTINE_SCHEMA.names].reset_index(drop=True)
+    stamps = pd.DataFrame([_stamp(root, path) for path in listing.rows["path"].unique()], columns=STAMP)
+    # What could not be used is tried again: a disk may have failed, or a folder been closed, for a while.
+    known = pd.DataFrame(columns=STAMP + FACTS) if known is None else known[known["reason"].isna()]
+    facts = stamps.merge(known, on=STAMP, how="left", indicator=True)
+    new = facts["_merge"].eq("left_only").to_numpy()
+    paths = [root / path for path in facts.loc[new, "path"]]
+    real_root = os.path.realpath(root)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # with more threads than cores they wait for each other
+        described = list(pool.map(lambda path: _describe_file(real_root, path), paths))
+    found = pd.DataFrame(described, columns=FACTS, index=facts.index[new], dtype=object)
+    facts = facts.drop(columns="_merge").astype(dict.fromkeys(FACTS, object))
+    facts.loc[new, FACTS] = found
+    return facts
 
 
-def _describe_file(path: Path) -> tuple[str | int | None, ...]:
+def compute_facts_version() -> str:
+    """A digest of the code that facts come from, so that facts of other code are not taken for known."""
+    code = inspect.getsource(sys.modules[__name__]) + inspect.getsource(images)
+    return hashlib.sha256(code.encode()).hexdigest()
+
+
+def build_manifest(listing: Listing, facts: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Join what the layout says with what the files hold.
+
+    Returns:
+        The manifest (SCHEMA), the quality of each content (QUALITY_SCHEMA) and the quarantine (QUARANTINE_SCHEMA).
+    """
+    rows = listing.rows.merge(_finish_facts(facts), on="path")
+    usable = rows["reason"].isna()
+    manifest = rows.loc[usable, SCHEMA.names].reset_index(drop=True)
+    quality = rows.loc[usable, QUALITY_SCHEMA.names].drop_duplicates("image_id").sort_values("image_id")
+    return manifest, quality.reset_index(drop=True), rows.loc[~usable, QUARANTINE_SCHEMA.names].reset_index(drop=True)
+
+
+def check_masks(root: Path, manifest: pd.DataFrame) -> pd.DataFrame:
+    """Decode every mask, in parallel: it must have its image's size, and something of it must be marked.
+
+    Returns:
+        Columns of MASKS_SCHEMA, one row an image with a mask.
+    """
+    rows = manifest.dropna(subset="mask_path")
+    real_root, paths = os.path.realpath(root), [root / path for path in rows["mask_path"]]
+    sizes = zip(rows["width"], rows["height"], strict=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        problems = list(pool.map(lambda path, size: _find_mask_problem(real_root, path, size), paths, sizes))
+    found = pd.Series(problems, index=rows.index, dtype=object)
+    return rows[["path", "mask_path"]].assign(problem=found).reset_index(drop=True)
+
+
+def _find_mask_problem(real_root: str, path: Path, size: tuple[int, int]) -> str | None:
     try:
+        _check_place(real_root, path)
+        mask = decode_image(path)[0]
+    except DataError as error:
+        return str(error).removeprefix(f"{path} ")
+    if mask.size != size:
+        return f"it is {mask.width} x {mask.height}, and its image {size[0]} x {size[1]}"
+    return None if np.asarray(mask.convert("L")).any() else "it marks nothing"
+
+
+def _stamp(root: Path, path: str) -> tuple[str, int, int]:
+    try:
+        status = (root / path).stat()
+    except OSError:
+        return path, -1, -1
+    return path, status.st_size, status.st_mtime_ns
+
+
+def _describe_file(real_root: str, path: Path) -> tuple[object, ...]:
+    try:
+        _check_place(real_root, path)
         content = path.read_bytes()
-        image = open_image(content)
+        image, mode = decode_image(content)
     except (OSError, DataError) as error:
-        reason = str(error).removeprefix("the image ")
-        return (None, None, None, None, None, None, reason)
-    thumbnail = image.convert("L")
-    thumbnail.thumbnail((PHASH_SIDE, PHASH_SIDE))
+        reason = error.strerror if isinstance(error, OSError) else str(error).removeprefix("the image ")
+        return (*[None] * (len(FACTS) - 1), reason)
     digest = hashlib.sha256(content).hexdigest()
-    return (digest, image.width, image.height, read_mode(content), str(imagehash.phash(thumbnail)), len(content), None)
+    return (digest, image.width, image.height, mode, *_measure(image), None)
+
+
+def _check_place(real_root: str, path: Path) -> None:
+    """Raises DataError for what leads out of the source folder, or to nothing."""
+    if not path.exists():
+        raise DataError("is a link to nothing" if path.is_symlink() else "does not exist")
+    if not os.path.realpath(path).startswith(f"{real_root}{os.sep}"):
+        raise DataError("is a link that leaves the folder" if path.is_symlink() else "is outside of the folder")
+    if path.is_dir():
+        raise DataError("is a link to a folder, and not followed" if path.is_symlink() else "is a folder")
+    if not path.is_file():
+        raise DataError("is no regular file")
+
+
+def _measure(image: Image.Image) -> tuple[float, float, bytes]:
+    """Contrast and sharpness of the middle, and a grey miniature of the whole, MINIATURE_SIDE pixels square."""
+    left, top = max(0, image.width - MIDDLE_SIDE) // 2, max(0, image.height - MIDDLE_SIDE) // 2
+    middle = image.crop((left, top, min(image.width, left + MIDDLE_SIDE), min(image.height, top + MIDDLE_SIDE)))
+    values = np.asarray(middle.convert("L"))
+    contrast, sharpness = (cv2.meanStdDev(one)[1][0, 0] for one in (values, cv2.Laplacian(values, cv2.CV_16S)))
+    # Every second pixel of a large image is enough for the mean of a block, and half the work.
+    stride = 2 if min(image.size) >= 8 * MINIATURE_SIDE else 1
+    coarse = image.resize((image.width // stride, image.height // stride), Image.Resampling.NEAREST)
+    grey = np.asarray(coarse.convert("L"))
+    miniature = cv2.resize(grey, (MINIATURE_SIDE, MINIATURE_SIDE), interpolation=cv2.INTER_AREA)
+    return float(contrast), float(sharpness**2), miniature.tobytes()
+
+
+def _finish_facts(facts: pd.DataFrame) -> pd.DataFrame:
+    """What follows from the miniatures, of all images at once: perceptual hash, brightness, contrast, thumbnail."""
+    usable = facts["reason"].isna()
+    pixels = np.frombuffer(b"".join(facts.loc[usable, "miniature"]), np.uint8)
+    miniatures = pixels.reshape(-1, MINIATURE_SIDE, MINIATURE_SIDE)
+    factor = MINIATURE_SIDE // THUMBNAIL_SIDE
+    blocks = miniatures.reshape(-1, THUMBNAIL_SIDE, factor, THUMBNAIL_SIDE, factor)
+    thumbnails = blocks.mean(axis=(2, 4), dtype=np.float32).round().astype(np.uint8)
+    found = {
+        "phash": compute_perceptual_hashes(miniatures),
+        "brightness": miniatures.mean(axis=(1, 2), dtype=np.float32),
+        "thumbnail": [thumbnail.tobytes() for thumbnail in thumbnails],
+    }
+    finished = facts.join(pd.DataFrame(found, index=facts.index[usable]))
+    contrast = np.maximum(facts.loc[usable, "contrast"].astype("float32"), miniatures.std(axis=(1, 2)))
+    return finished.assign(contrast=contrast)
+
+
+def compute_perceptual_hashes(miniatures: UInt8[np.ndarray, "num_images side side"]) -> list[str]:
+    """64 bits an image, hexadecimal: which low frequencies of its cosine transform are above their median.
+
+    After Zauner, "Implementation and benchmarking of perceptual image hash functions", 2010, sec. 3.2.
+    """
+    low = scipy.fft.dctn(miniatures.astype(np.float32), axes=(1, 2))[:, :8, :8].reshape(-1, 64)
+    bits = low > np.median(low, axis=1, keepdims=True)
+    return [row.tobytes().hex() for row in np.packbits(bits, axis=1)]
 
 
 def save_table(table: pd.DataFrame, path: Path, schema: pa.Schema | None = None) -> None:

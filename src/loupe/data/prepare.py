@@ -1,23 +1,28 @@
 """Decoding every image once: choosing a geometry, and writing all images of a task into one .npy array."""
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
 from jaxtyping import UInt8
 from numpy.lib.format import open_memmap
 
-from loupe.data.images import GREY_MODES, Geometry, fit_image, open_image
+from loupe.data.images import GREY_MODES, Fit, Geometry, fit_image, open_image
 from loupe.data.manifest import load_table, save_table
 
+IN_MEMORY_BYTES = 1 << 30
 ELONGATED = 1.6  # above this aspect a central crop would lose too much
 SMALLEST_INPUT = 64  # a stride of 32 leaves a 2x2 map of it
+Size = tuple[int, int]  # height and width in pixels
 SMALLEST_RECONSTRUCTION, LARGEST_RECONSTRUCTION = 32, 128
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,8 @@ class Prepared:
 
 def choose_classifier_geometry(
     rows: pd.DataFrame,
-    input_size: int | None,
-    fit: Literal["crop", "squash"] | None,
+    input_size: Size | None,
+    fit: Fit | None,
     native_size: int,
     crop_fraction: float,
     interpolation: str,
@@ -49,46 +54,58 @@ def choose_classifier_geometry(
 
     Args:
         rows: manifest rows of the task; width, height and mode are looked at.
-        input_size: side of the network's input; None chooses.
+        input_size: height and width of the network's input; None chooses a square.
         fit: None crops, unless the images are elongated.
         native_size: side the backbone was pretrained at.
         crop_fraction: part of the prepared side that the central crop keeps.
         interpolation: a name of `images.RESAMPLING`.
     """
-    side = int(rows[["width", "height"]].min(axis=1).median())
+    side = _compute_side(rows)
     if input_size is None:
-        input_size = max(SMALLEST_INPUT, min(native_size, -(-2 * side // 32) * 32))
+        chosen = max(SMALLEST_INPUT, min(native_size, -(-2 * side // 32) * 32))
+        input_size = (chosen, chosen)
     aspect = (rows[["width", "height"]].max(axis=1) / rows[["width", "height"]].min(axis=1)).median()
     fit = fit or ("squash" if aspect > ELONGATED else "crop")
-    with_margin = round(input_size / crop_fraction)
-    # Photos a little smaller than the margin are enlarged to it: what is cropped is then what the backbone knows.
-    prepared = with_margin if fit == "crop" and side >= input_size else min(side, input_size)
-    crop = min(prepared, input_size)
-    return _square(rows, prepared, crop, input_size, fit, interpolation)
+    prepared = _shrink(input_size, side)
+    if fit == "crop" and prepared == input_size:
+        # Photos a little smaller than the margin are enlarged to it: what is cropped is then what the backbone knows.
+        prepared = (round(input_size[0] / crop_fraction), round(input_size[1] / crop_fraction))
+    crop = (min(prepared[0], input_size[0]), min(prepared[1], input_size[1]))
+    return _build_geometry(rows, prepared, crop, input_size, fit, interpolation)
 
 
-def choose_detector_geometry(
-    rows: pd.DataFrame, input_size: int | None, fit: Literal["crop", "squash"] | None
-) -> Geometry:
+def choose_detector_geometry(rows: pd.DataFrame, input_size: Size | None, fit: Fit | None) -> Geometry:
     """All of the image is kept, as defects may lie at a border; the side is a multiple of 16, at most 128 by itself."""
-    side = int(rows[["width", "height"]].min(axis=1).median())
+    side = _compute_side(rows)
     if input_size is None:
-        input_size = min(LARGEST_RECONSTRUCTION, max(SMALLEST_RECONSTRUCTION, -(-side // 16) * 16))
-    prepared = min(side, input_size)
-    return _square(rows, prepared, prepared, input_size, fit or "squash", "bilinear")
+        chosen = min(LARGEST_RECONSTRUCTION, max(SMALLEST_RECONSTRUCTION, -(-side // 16) * 16))
+        input_size = (chosen, chosen)
+    prepared = _shrink(input_size, side)
+    return _build_geometry(rows, prepared, prepared, input_size, fit or "squash", "bilinear")
 
 
-def _square(
-    rows: pd.DataFrame, prepared: int, crop: int, input_size: int, fit: Literal["crop", "squash"], interpolation: str
+def _compute_side(rows: pd.DataFrame) -> int:
+    """The median of the shorter sides, in pixels."""
+    return int(rows[["width", "height"]].min(axis=1).median())
+
+
+def _shrink(size: Size, side: int) -> Size:
+    """`size` brought down, aspect kept, until its shorter side is no longer than the images have."""
+    factor = min(1.0, side / min(size))
+    return round(size[0] * factor), round(size[1] * factor)
+
+
+def _build_geometry(
+    rows: pd.DataFrame, prepared: Size, crop: Size, input_size: Size, fit: Fit, interpolation: str
 ) -> Geometry:
     return Geometry(
-        height=prepared,
-        width=prepared,
+        height=prepared[0],
+        width=prepared[1],
         channels=1 if rows["mode"].isin(GREY_MODES).all() else 3,
-        crop_height=crop,
-        crop_width=crop,
-        input_height=input_size,
-        input_width=input_size,
+        crop_height=crop[0],
+        crop_width=crop[1],
+        input_height=input_size[0],
+        input_width=input_size[1],
         fit=fit,
         interpolation=interpolation,
     )
@@ -151,9 +168,13 @@ def _fit_mask(path: Path, geometry: Geometry) -> UInt8[np.ndarray, "height width
 
 
 def load_prepared(folder: Path) -> Prepared:
-    """Open what `prepare_images` wrote; images stay on disk until they are read."""
+    """Open what `prepare_images` wrote: into memory where it is small, otherwise mapped, and read as it is used."""
+    path = folder / "images.npy"
+    images = np.load(path, mmap_mode=None if path.stat().st_size <= IN_MEMORY_BYTES else "r")
+    where = "memory" if not isinstance(images, np.memmap) else "disk"
+    log.info("%s: %d images, %.0f MB, read from %s", path, len(images), images.nbytes / 1e6, where)
     return Prepared(
-        images=np.load(folder / "images.npy", mmap_mode="r"),
+        images=images,
         masks=np.load(folder / "masks.npy"),
         index=load_table(folder / "index.parquet"),
         geometry=Geometry(**json.loads((folder / "geometry.json").read_text())),

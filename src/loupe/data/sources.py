@@ -3,6 +3,7 @@
 import os
 import re
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import pandas as pd
 from loupe.errors import DataError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
+TABLE_READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
+    ".csv": lambda path: pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""]),  # 007 and NA are labels
+    ".parquet": pd.read_parquet,
+}
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 NORMAL_FOLDER = "good"
 NAMELESS = frozenset({"images", "data", "dataset"})
@@ -18,12 +23,14 @@ LAYOUTS = {
     "class_folders": "a folder for each class, with its images",
     "split_folders": "train/, test/ and perhaps val/, each with a folder for each class",
     "mvtec": "train/good/, test/<defect>/ and perhaps ground_truth/<defect>/ (the MVTec AD layout)",
+    "table": "one .csv or .parquet file beside the images, with the columns path, label and perhaps split, group, mask",
 }
+COLUMNS = ["path", "label", "group", "given_split", "mask_path"]
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Images found in a folder. `rows` has path (relative, posix), label, group, given_split and mask_path."""
+    """Images found in a folder. `rows` has COLUMNS; paths are relative to the folder, posix."""
 
     layout: str
     rows: pd.DataFrame
@@ -35,17 +42,16 @@ def list_images(root: Path, layout: str = "auto") -> Listing:
     Raises:
         DataError: if the folder is missing, unreadable, empty, or of no known layout.
     """
-    files = _list_files(root)
-    layout = _recognise_layout(root, files) if layout == "auto" else layout
-    label_depth = 0 if layout == "class_folders" else 1
-    rows = [_describe(path, label_depth) for path in files if len(path.parts) > label_depth + 1]
-    rows = [row for row in rows if label_depth == 0 or row["given_split"]]
-    if not rows:
+    files, links = _list_files(root)
+    images = [path for path in files if path.suffix.lower() in SUFFIXES]
+    if not images:
+        raise DataError(f"{root} holds no images: expected files that end in {', '.join(sorted(SUFFIXES))}")
+    tables = [path for path in files if len(path.parts) == 1 and path.suffix.lower() in TABLE_READERS]
+    layout = _recognise_layout(root, images, tables) if layout == "auto" else layout
+    rows = _read_table(root, tables) if layout == "table" else _read_folders(images, links, layout)
+    if rows.empty:
         raise DataError(f"{root} has no images in the layout {layout} ({LAYOUTS[layout]})")
-    table = pd.DataFrame(rows, columns=["path", "label", "group", "given_split", "mask_path"], dtype="str")
-    if layout == "mvtec":
-        table["mask_path"] = _find_masks(table["path"], {str(path) for path in files}).to_numpy()
-    return Listing(layout, table)
+    return Listing(layout, rows.sort_values("path", ignore_index=True))
 
 
 def name_source(root: Path) -> str:
@@ -56,8 +62,8 @@ def name_source(root: Path) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "_", folder.name).strip("_") or "images"
 
 
-def _list_files(root: Path) -> list[Path]:
-    """Paths, relative to `root`, of the files with an image's suffix; hidden ones are left out."""
+def _list_files(root: Path) -> tuple[list[Path], list[Path]]:
+    """Sorted paths of files, and of links to folders, relative to `root`; hidden ones are left out."""
     try:
         is_folder = stat.S_ISDIR(root.stat().st_mode)
     except FileNotFoundError as error:
@@ -70,22 +76,26 @@ def _list_files(root: Path) -> list[Path]:
     def fail(error: OSError) -> None:
         raise DataError(f"{error.filename} can't be read ({error.strerror}): make the folder readable") from error
 
-    found = [
-        (Path(folder) / name).relative_to(root)
-        for folder, _, names in os.walk(root, onerror=fail)
-        for name in names
-        if Path(name).suffix.lower() in SUFFIXES
-    ]
-    images = sorted(path for path in found if not any(part.startswith(".") for part in path.parts))
-    if not images:
-        raise DataError(f"{root} holds no images: expected files that end in {', '.join(sorted(SUFFIXES))}")
-    return images
+    files, links = [], []
+    for folder, folders, names in os.walk(root, onerror=fail):
+        place = Path(folder).relative_to(root)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [place / _spell(name) for name in names if not name.startswith(".")]
+        links += [place / name for name in folders if (root / place / name).is_symlink()]
+    return sorted(files), sorted(links)
 
 
-def _recognise_layout(root: Path, files: list[Path]) -> str:
-    """MVTec before split folders before class folders, as each is a special case of the next."""
-    folders = {path.parts[0] for path in files if len(path.parts) > 1}
-    in_train = {path.parts[1] for path in files if len(path.parts) > 2 and path.parts[0] == "train"}
+def _spell(name: str) -> str:
+    """A name that is no Unicode, spelt out: no such file is found, and so it is set aside."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def _recognise_layout(root: Path, images: list[Path], tables: list[Path]) -> str:
+    """A table before folders; MVTec before split folders before class folders, each a special case of the next."""
+    if any(_has_columns(root / table) for table in tables):
+        return "table"
+    folders = {path.parts[0] for path in images if len(path.parts) > 1}
+    in_train = {path.parts[1] for path in images if len(path.parts) > 2 and path.parts[0] == "train"}
     if in_train == {NORMAL_FOLDER} and "test" in folders:
         return "mvtec"
     if in_train and folders <= set(SPLIT_FOLDERS):
@@ -93,18 +103,63 @@ def _recognise_layout(root: Path, files: list[Path]) -> str:
     if folders and not folders & set(SPLIT_FOLDERS):
         return "class_folders"
     known = "; ".join(f"{name}: {meaning}" for name, meaning in LAYOUTS.items())
-    seen = f"the folders {', '.join(sorted(folders))}" if folders else f"{len(files)} images in no folder"
+    seen = f"the folders {', '.join(sorted(folders))}" if folders else f"{len(images)} images in no folder"
     raise DataError(f"{root} has none of the known layouts. Expected {known}. Found {seen}")
 
 
+def _has_columns(path: Path) -> bool:
+    try:
+        return {"path", "label"} <= set(_read_one_table(path).columns)
+    except DataError:  # some other table, beside folders of images
+        return False
+
+
+def _read_one_table(path: Path) -> pd.DataFrame:
+    try:
+        return TABLE_READERS[path.suffix.lower()](path)
+    except (OSError, ValueError) as error:  # pandas' and pyarrow's own are ValueErrors
+        raise DataError(f"{path} can't be read as a table: {' '.join(str(error).split())}") from error
+
+
+def _read_table(root: Path, tables: list[Path]) -> pd.DataFrame:
+    """Rows of the one table beside the images."""
+    if len(tables) != 1:
+        raise DataError(f"{root} must hold one .csv or .parquet table beside its images, got {len(tables)}")
+    table = _read_one_table(root / tables[0])
+    missing = {"path", "label"} - set(table.columns)
+    if missing:
+        raise DataError(f"{root / tables[0]} must have the columns path and label; {', '.join(missing)} is missing")
+    rows = pd.DataFrame({"path": table["path"], "label": table["label"]}, dtype="str")
+    for column, source in (("group", "group"), ("given_split", "split"), ("mask_path", "mask")):
+        rows[column] = table[source].astype("str").where(table[source].notna()) if source in table else None
+    unknown = set(rows["given_split"].dropna()) - set(SPLIT_FOLDERS)
+    if unknown:
+        raise DataError(f"{root / tables[0]}: split must be one of {', '.join(SPLIT_FOLDERS)}, got {min(unknown)!r}")
+    if rows[["path", "label"]].isna().any(axis=None):
+        raise DataError(f"{root / tables[0]}: every row must have a path and a label")
+    twice = rows["path"][rows["path"].duplicated()]
+    if len(twice):
+        raise DataError(f"{root / tables[0]} must have one row an image, got {twice.iloc[0]} more than once")
+    rows["given_split"] = rows["given_split"].map(SPLIT_FOLDERS)
+    return rows[COLUMNS].astype("str")
+
+
+def _read_folders(images: list[Path], links: list[Path], layout: str) -> pd.DataFrame:
+    """Links to folders are rows too: they are not followed, and ingest sets them aside with that reason."""
+    label_depth = 0 if layout == "class_folders" else 1
+    rows = [_describe(path, label_depth) for path in images if len(path.parts) > label_depth + 1]
+    rows += [_describe(path, label_depth) for path in links if len(path.parts) > label_depth]
+    table = pd.DataFrame([row for row in rows if label_depth == 0 or row["given_split"]], columns=COLUMNS, dtype="str")
+    if layout == "mvtec":
+        table["mask_path"] = _find_masks(table["path"], {str(path) for path in images}).to_numpy()
+    return table
+
+
 def _describe(path: Path, label_depth: int) -> dict[str, str | None]:
-    given_split = SPLIT_FOLDERS.get(path.parts[0]) if label_depth else None
     return {
         "path": path.as_posix(),
         "label": path.parts[label_depth],
-        "group": None,
-        "given_split": given_split,
-        "mask_path": None,
+        "given_split": SPLIT_FOLDERS.get(path.parts[0]) if label_depth else None,
     }
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import pandas as pd
 from loupe.errors import DataError
 
 SPLITS = ("train", "val", "calibration", "test")
+LEFT_OUT = "left out"
 _MOST_HELD_OUT_FIRST = ("test", "val", "train")
 
 
@@ -42,61 +44,145 @@ class Tasks:
         return asdict(self)
 
 
-def assign_splits(manifest: pd.DataFrame, fractions: Fractions, seed: int) -> pd.DataFrame:
-    """Assign each distinct image content to one split.
+def list_contents(manifest: pd.DataFrame) -> pd.DataFrame:
+    """One row a content: image_id, label, group and given_split, sorted by image_id.
 
-    A given split is kept; content that was given to several goes to the most held out of them. What is missing is
-    carved from the rest (val and calibration from train; test too, where there is none), stratified by label. The
-    order within a label follows from a hash of seed and content, not from the order of rows.
+    Of several given splits the most held out wins, so that no content of a given test set is ever trained on.
+    """
+    order = manifest["given_split"].map({split: rank for rank, split in enumerate(_MOST_HELD_OUT_FIRST)})
+    group = manifest.groupby("image_id")["group"].transform("first")  # the first that is not missing
+    rows = manifest.assign(order=order, group=group).sort_values(["image_id", "order", "path"])
+    rows = rows.drop_duplicates("image_id")[["image_id", "label", "group", "given_split"]].reset_index(drop=True)
+    if "val" in rows["given_split"].to_numpy() and "test" not in rows["given_split"].to_numpy():
+        rows["given_split"] = rows["given_split"].replace("val", "test")
+    return rows
+
+
+def assign_splits(
+    contents: pd.DataFrame, fractions: Fractions, seed: int, previous: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """Assign each content to one split, a cluster as a whole.
+
+    A given split is kept. What is missing is carved from the images that are to be trained on (val and calibration;
+    test too, where none is given), stratified by label, in an order that follows from a hash of seed and content.
+    What an earlier call assigned stays where it was, and new members of its clusters join it; a new image that would
+    tie together clusters of two splits is left out.
+
+    Args:
+        contents: from `list_contents`, with a column `cluster`.
+        previous: image_id and split, from an earlier call with the same seed and fractions.
 
     Returns:
-        image_id and split, one row a content, sorted by image_id.
+        image_id and split, one row a content that is not left out, sorted by image_id.
 
     Raises:
         DataError: if a label has too few images to be in every split that must be carved.
     """
-    contents = _one_row_a_content(manifest)
-    if "val" in contents["given_split"].to_numpy() and "test" not in contents["given_split"].to_numpy():
-        contents["given_split"] = contents["given_split"].replace("val", "test")
     wanted = {"test": fractions.test, "val": fractions.val, "calibration": fractions.calibration}
     given = set(contents["given_split"].dropna())
     carved = {split: fraction for split, fraction in wanted.items() if split not in given}
-    contents["split"] = contents["given_split"].fillna("train")
-    for label, rows in contents[contents["split"].eq("train")].groupby("label"):
-        ranked = sorted(rows.index, key=lambda row: _rank(seed, str(contents.at[row, "image_id"])))
-        for split, taken in _carve(ranked, carved, str(label)).items():
-            contents.loc[taken, "split"] = split
-    return contents[["image_id", "split"]].sort_values("image_id").reset_index(drop=True)
+    held_out = contents["given_split"].isin(set(given) - {"train"})
+    splits = contents["given_split"].where(held_out).astype("object")
+    pool = contents[~held_out]
+    settled = _recall(pool, previous, set(carved) | {"train"})
+    homes = _find_homes(pool, settled)
+    for label, rows in pool.groupby("label"):
+        homes |= _divide(rows, settled, homes, carved, seed, str(label))
+    splits.loc[pool.index] = [
+        settled.get(image_id, homes[cluster])
+        for image_id, cluster in zip(pool["image_id"], pool["cluster"], strict=True)
+    ]
+    table = pd.DataFrame({"image_id": contents["image_id"], "split": splits})
+    return table[table["split"].ne(LEFT_OUT)].sort_values("image_id", ignore_index=True)
 
 
-def _one_row_a_content(manifest: pd.DataFrame) -> pd.DataFrame:
-    """The most held-out given split wins, so that no content of a given test set is ever trained on."""
-    order = manifest["given_split"].map({split: rank for rank, split in enumerate(_MOST_HELD_OUT_FIRST)})
-    rows = manifest.assign(order=order).sort_values(["image_id", "order", "path"])
-    return rows.drop_duplicates("image_id")[["image_id", "label", "given_split"]].reset_index(drop=True)
+def _recall(pool: pd.DataFrame, previous: pd.DataFrame | None, allowed: set[str]) -> dict[str, str]:
+    """The split of each content that had one."""
+    if previous is None:
+        return {}
+    known = previous[previous["image_id"].isin(pool["image_id"]) & previous["split"].isin(allowed)]
+    return dict(zip(known["image_id"], known["split"], strict=True))
+
+
+def _find_homes(pool: pd.DataFrame, settled: dict[str, str]) -> dict[int, str]:
+    """The split that new members of a cluster join, for clusters that have settled members."""
+    found: dict[int, set[str]] = {}
+    for image_id, cluster in zip(pool["image_id"], pool["cluster"], strict=True):
+        if image_id in settled:
+            found.setdefault(cluster, set()).add(settled[image_id])
+    return {cluster: next(iter(splits)) if len(splits) == 1 else LEFT_OUT for cluster, splits in found.items()}
+
+
+def _divide(
+    rows: pd.DataFrame,
+    settled: dict[str, str],
+    homes: dict[int, str],
+    fractions: dict[str, float],
+    seed: int,
+    label: str,
+) -> dict[int, str]:
+    """Homes for the clusters of one label that have none yet."""
+    quotas = {split: max(1, round(fraction * len(rows))) for split, fraction in fractions.items()}
+    filled: Counter[str] = Counter()
+    homeless: dict[int, list[str]] = {}
+    for image_id, cluster in zip(rows["image_id"], rows["cluster"], strict=True):
+        if image_id in settled or cluster in homes:
+            filled[settled.get(image_id) or homes[cluster]] += 1
+        else:
+            homeless.setdefault(cluster, []).append(image_id)
+    chosen: dict[int, str] = {}
+    for cluster, members in sorted(homeless.items(), key=lambda item: _rank(seed, min(item[1]))):
+        chosen[cluster] = _choose_home(len(members), quotas, filled)
+        filled[chosen[cluster]] += len(members)
+    _check_all_filled(filled, fractions, label, len(rows), rows["cluster"].nunique())
+    return chosen
+
+
+def _choose_home(size: int, quotas: dict[str, int], filled: Counter[str]) -> str:
+    """The first empty split, which may be overfilled by half, then the first with room for the whole cluster."""
+    fitting = [split for split, quota in quotas.items() if not filled[split] and size <= 1.5 * quota]
+    fitting += [split for split, quota in quotas.items() if filled[split] + size <= quota]
+    return fitting[0] if fitting else "train"
+
+
+def _check_all_filled(
+    filled: Counter[str], fractions: dict[str, float], label: str, images: int, clusters: int
+) -> None:
+    empty = [split for split in ("train", *fractions) if not filled[split]]
+    if empty:
+        alike = f" in {clusters} groups of like ones" if clusters < images else ""
+        raise DataError(
+            f"class {label!r} has {images} images{alike}, too few to split into train, {', '.join(fractions)} "
+            f"({', '.join(empty)} would be empty): expected at least {len(fractions) + 1} and, with these fractions, "
+            "some left for train; add images or remove the class"
+        )
 
 
 def _rank(seed: int, image_id: str) -> str:
     return hashlib.sha256(f"{seed} {image_id}".encode()).hexdigest()
 
 
-def _carve(ranked: list[int], fractions: dict[str, float], label: str) -> dict[str, list[int]]:
-    """Cut the head of the list into one piece a split, each of at least one image."""
-    sizes = {split: max(1, round(fraction * len(ranked))) for split, fraction in fractions.items()}
-    needed = len(fractions) + 1
-    if len(ranked) < needed or sum(sizes.values()) >= len(ranked):
-        raise DataError(
-            f"class {label!r} has {len(ranked)} images, too few to split into train, {', '.join(fractions)}: "
-            f"expected at least {needed} and, with these fractions, some left for train; add images or remove the class"
-        )
-    pieces, start = {}, 0
-    for split, size in sizes.items():
-        pieces[split] = ranked[start : start + size]
-        start += size
-    return pieces
+def find_leaks(contents: pd.DataFrame, pairs: pd.DataFrame, split_column: str) -> pd.DataFrame:
+    """Near-duplicates, and members of one group, that are in different splits.
+
+    Args:
+        contents: image_id, group and `split_column`, one row a content.
+        pairs: first and second, from `find_near_duplicates`.
+
+    Returns:
+        first, second, first_split, second_split: one row a pair; of a group, its first member with each that strays.
+    """
+    splits = contents.dropna(subset=split_column).set_index("image_id")[split_column]
+    grouped = contents.dropna(subset=["group", split_column])
+    of_groups = pd.DataFrame(
+        {"first": grouped.groupby("group")["image_id"].transform("first"), "second": grouped["image_id"]}
+    )
+    joined = pd.concat([pairs[["first", "second"]], of_groups], ignore_index=True)
+    joined = joined.assign(first_split=joined["first"].map(splits), second_split=joined["second"].map(splits)).dropna()
+    return joined[joined["first_split"].ne(joined["second_split"])].reset_index(drop=True)
 
 
-def find_leaks(manifest: pd.DataFrame) -> pd.DataFrame:
+def find_copies_across_splits(manifest: pd.DataFrame) -> pd.DataFrame:
     """Contents that the source folder gives to more than one split: image_id, and the paths of each."""
     given = manifest.dropna(subset="given_split")
     crossing = given.groupby("image_id")["given_split"].transform("nunique") > 1

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import os
+import random
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,6 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the netwo
 import albumentations as A
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
 from loupe.data.images import Geometry
 from loupe.errors import ConfigError
@@ -39,7 +39,6 @@ POLICIES: dict[str, list[Spec]] = {
     ],
 }
 SMALL_SIDE = 64
-SHEET_TILE, SHEET_GAP = 96, 4
 
 
 def choose_policy(policy: str | list[Spec], task: str, geometry: Geometry) -> tuple[str, list[Spec]]:
@@ -109,39 +108,38 @@ def augment_image(
     Raises:
         ConfigError: if the transforms change its size or type.
     """
-    augmentation.set_random_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-    augmented: np.ndarray = augmentation(image=image)["image"]
+    _seed(augmentation, seed)
+    return _check(augmentation(image=image)["image"], image)
+
+
+def augment_pair(
+    augmentation: A.Compose,
+    image: UInt8[np.ndarray, "height width channels"],
+    mask: UInt8[np.ndarray, "height width"],
+    seed: Sequence[int],
+) -> tuple[UInt8[np.ndarray, "height width channels"], UInt8[np.ndarray, "height width"]]:
+    """What `augment_image` gives for the image, and the mask moved along with it.
+
+    Raises:
+        ConfigError: if the transforms change size or type.
+    """
+    _seed(augmentation, seed)
+    result = augmentation(image=image, mask=mask)
+    return _check(result["image"], image), result["mask"]
+
+
+def _seed(augmentation: A.Compose, seed: Sequence[int]) -> None:
+    """One pair of generators for all transforms: a seed for each would make their draws equal, and their uses agree."""
+    generator = np.random.default_rng(seed)
+    augmentation.set_random_state(generator, random.Random(int(generator.integers(2**63))))  # noqa: S311
+
+
+def _check(
+    augmented: np.ndarray, image: UInt8[np.ndarray, "height width channels"]
+) -> UInt8[np.ndarray, "height width channels"]:
     if augmented.dtype != np.uint8 or augmented.shape[:2] != image.shape[:2]:
         raise ConfigError(
             f"augment: the transforms must keep the size {image.shape[:2]} and uint8 values, "
             f"got {augmented.shape[:2]} and {augmented.dtype}; remove what resizes or converts"
         )
     return augmented.reshape(image.shape)
-
-
-def draw_contact_sheet(
-    images: Sequence[UInt8[np.ndarray, "height width channels"]],
-    augmentation: A.Compose,
-    seed: int,
-    num_versions: int = 7,
-) -> Image.Image:
-    """Each row shows an original (left) beside augmented versions of it."""
-    rows = [
-        [image] + [augment_image(augmentation, image, (seed, version, row)) for version in range(num_versions)]
-        for row, image in enumerate(images)
-    ]
-    step = SHEET_TILE + SHEET_GAP
-    sheet = Image.new("RGB", (step * (num_versions + 1) + 2 * SHEET_GAP, step * len(rows) + SHEET_GAP), "white")
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            left = SHEET_GAP + x * step + (SHEET_GAP if x else 0)
-            sheet.paste(_to_tile(image), (left, SHEET_GAP + y * step))
-    return sheet
-
-
-def _to_tile(image: UInt8[np.ndarray, "height width channels"]) -> Image.Image:
-    tile = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).convert("RGB")
-    return tile.resize(
-        (SHEET_TILE, SHEET_TILE),
-        Image.Resampling.NEAREST if tile.width < SHEET_TILE // 2 else Image.Resampling.BILINEAR,
-    )

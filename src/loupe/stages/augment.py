@@ -4,7 +4,8 @@ import logging
 
 from loupe.config import Params
 from loupe.data.prepare import load_prepared
-from loupe.data.transforms import build_augmentation, choose_policy, draw_contact_sheet
+from loupe.data.sheets import draw_augmentations
+from loupe.data.transforms import build_augmentation, choose_policy
 from loupe.stages.entry import run_stage, save_json
 from loupe.stages.files import AUGMENT, CONTACT_SHEET, POLICY, PREPARED, SKIPPED
 
@@ -24,7 +25,7 @@ def augment(params: Params) -> None:
         num_each = -(-NUM_ORIGINALS // train["label"].nunique())
         shown = train.groupby("label").head(num_each).index[:NUM_ORIGINALS]
         (AUGMENT / task).mkdir(parents=True, exist_ok=True)
-        draw_contact_sheet(prepared.images[shown.to_numpy()], augmentation, params.seed).save(
+        draw_augmentations(prepared.images[shown.to_numpy()], augmentation, params.seed).save(
             AUGMENT / task / CONTACT_SHEET
         )
         save_json({"policy": name, "transforms": specs}, AUGMENT / task / POLICY)

@@ -49,7 +49,7 @@ def _choose_rows(rows: pd.DataFrame, task: str, tasks: Tasks) -> pd.DataFrame:
 
 def _choose_geometry(params: Params, task: str, rows: pd.DataFrame) -> Geometry:
     section: PrepareTask = getattr(params.prepare, task)
-    input_size = None if section.input_size == "auto" else section.input_size
+    input_size = _read_size(section.input_size)
     fit = None if section.fit == "auto" else section.fit
     if task == "detector":
         return choose_detector_geometry(rows, input_size, fit)
@@ -57,6 +57,13 @@ def _choose_geometry(params: Params, task: str, rows: pd.DataFrame) -> Geometry:
     return choose_classifier_geometry(
         rows, input_size, fit, native.input_size, native.crop_fraction, native.interpolation
     )
+
+
+def _read_size(value: int | list[int] | str) -> tuple[int, int] | None:
+    """Height and width; None where `auto` stands."""
+    if isinstance(value, str):
+        return None
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 if __name__ == "__main__":

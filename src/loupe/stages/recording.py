@@ -21,6 +21,7 @@ from loupe.stages.files import (
     RUN,
     SPLITS,
     VALIDATION,
+    WORST_IMAGES,
     DataSet,
     load_data_set,
 )
@@ -43,7 +44,9 @@ def record_training(task: str, params: Params, recipe: FineTuning | Reconstructi
     values = {**params.model_dump(by_alias=True), "chosen": asdict(recipe)}
     with start_run(task, values, {"task": task}) as run_id:
         log_dataset(rows, Path(data_set.source), data_set.name, compute_data_digest(rows))
-        log_results(client, run_id, files=[AUGMENT / task / CONTACT_SHEET, AUGMENT / task / POLICY, VALIDATION])
+        log_results(
+            client, run_id, files=[AUGMENT / task / CONTACT_SHEET, AUGMENT / task / POLICY, VALIDATION, WORST_IMAGES]
+        )
         yield run_id
 
 

@@ -1,6 +1,7 @@
 """Fine-tuning a pretrained classifier: the new head on the frozen backbone, then the whole at a smaller rate."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class FineTuning:
 
 
 class ClassifierTraining(pl.LightningModule):
-    """Cross-entropy with label smoothing; validation without."""
+    """Cross-entropy with label smoothing; validation without. A batch is inputs (images, or features) and targets."""
 
     def __init__(
         self,
@@ -66,13 +67,13 @@ class ClassifierTraining(pl.LightningModule):
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
 
-    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+    def training_step(self, batch: Sequence[Tensor], batch_index: int) -> Tensor:
         inputs, targets = batch
         loss = F.cross_entropy(self.network(inputs), targets, label_smoothing=self.label_smoothing)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(targets))
         return loss
 
-    def validation_step(self, batch: Batch, batch_index: int) -> None:
+    def validation_step(self, batch: Sequence[Tensor], batch_index: int) -> None:
         inputs, targets = batch
         logits = self.network(inputs)
         accuracy = (logits.argmax(dim=1) == targets).float().mean()
