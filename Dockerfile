@@ -1,8 +1,8 @@
 # The same environment and the same make targets, in an image. Build: docker build -t loupe .
-# Run: docker run --rm -it -v "$PWD/out:/home/loupe/out" -v /path/to/images:/images:ro loupe make run DATA=/images
+# Run: docker run --rm -it -v /path/to/images:/photos:ro loupe make run DATA=/photos
 FROM python:3.12-slim-bookworm AS environment
 RUN apt-get update && apt-get install --yes --no-install-recommends git make && rm -rf /var/lib/apt/lists/*
-RUN useradd --create-home loupe
+RUN useradd --create-home loupe && install --directory --owner loupe /home/loupe/project
 USER loupe
 WORKDIR /home/loupe/project
 COPY --chown=loupe requirements.txt pyproject.toml README.md Makefile ./
@@ -11,7 +11,7 @@ RUN make environment
 
 FROM python:3.12-slim-bookworm
 RUN apt-get update && apt-get install --yes --no-install-recommends git make && rm -rf /var/lib/apt/lists/*
-RUN useradd --create-home loupe
+RUN useradd --create-home loupe && install --directory --owner loupe /home/loupe/project
 USER loupe
 WORKDIR /home/loupe/project
 COPY --from=environment --chown=loupe /home/loupe/project/.venv .venv

@@ -140,6 +140,11 @@ def ui(
     typer.echo(
         f"MLflow: http://{LOOPBACK}:{mlflow_port}  Prefect: http://{LOOPBACK}:{prefect_port}  (Ctrl-C ends both)"
     )
+    _watch(servers)
+
+
+def _watch(servers: list[subprocess.Popen[bytes]]) -> None:
+    """Until an interruption, or until one of the servers ends, and then end them all."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while all(server.poll() is None for server in servers):

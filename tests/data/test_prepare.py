@@ -167,3 +167,18 @@ def test_an_image_that_broke_since_it_was_listed_is_a_data_error(bolts, mvtec, t
     (mvtec / "train" / "good" / "0.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"0\.png can't be decoded"):
         prepare_images(mvtec, bolts, GEOMETRY, tmp_path / "prepared")
+
+
+def test_padding_keeps_all_of_the_image_and_its_aspect():
+    geometry = Geometry(32, 32, 1, 32, 32, 32, 32, "pad", "nearest")
+    fitted = fit_image(Image.new("L", (64, 16), 200), geometry)[:, :, 0]
+    assert (fitted[12:20] == 200).all()
+    assert (fitted[:12] == 0).all()
+    assert (fitted[20:] == 0).all()
+
+
+def test_an_input_may_be_wider_than_high(rows_of):
+    geometry = for_classifier(rows_of(800, 600), (96, 160))
+    assert (geometry.input_height, geometry.input_width) == (96, 160)
+    assert (geometry.crop_height, geometry.crop_width) == (96, 160)
+    assert (geometry.height, geometry.width) == (110, 183)

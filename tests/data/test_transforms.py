@@ -5,6 +5,7 @@ from loupe.data.images import Geometry
 from loupe.data.transforms import (
     POLICIES,
     augment_image,
+    augment_pair,
     build_augmentation,
     choose_policy,
 )
@@ -130,3 +131,23 @@ def test_augmenting_does_not_change_its_image(image):
     before = image.copy()
     augment_image(build_augmentation([{"name": "RandomBrightnessContrast", "p": 1.0}]), image, (0,))
     np.testing.assert_array_equal(image, before)
+
+
+def test_a_mask_moves_with_its_image():
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[8:24, 40:56] = 255
+    mask = (image[:, :, 0] > 0).astype(np.uint8)
+    turn = {"name": "Rotate", "limit": (90, 90), "p": 1.0}
+    augmentation = build_augmentation([{"name": "HorizontalFlip", "p": 1.0}, turn])
+    moved, moved_mask = augment_pair(augmentation, image, mask, (0, 0, 0))
+    assert not np.array_equal(moved_mask, mask)
+    assert np.array_equal(moved_mask, (moved[:, :, 0] > 127).astype(np.uint8))
+
+
+def test_transforms_of_one_policy_draw_independently():
+    """With one seed for each, a flip would come with every rotation: both would read the same first number."""
+    specs = [{"name": "HorizontalFlip", "p": 0.5}, {"name": "VerticalFlip", "p": 0.5}]
+    augmentation = build_augmentation(specs)
+    image = np.arange(4, dtype=np.uint8).reshape(2, 2, 1)
+    seen = {augment_image(augmentation, image, (0, 0, number)).tobytes() for number in range(64)}
+    assert len(seen) == 4
