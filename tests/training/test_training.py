@@ -97,6 +97,20 @@ def test_an_autoencoder_scores_what_it_never_saw_higher(bright_and_dark, tmp_pat
     assert scores[half:].min() > scores[:half].max()
 
 
+def test_lightning_tells_the_sampler_each_epoch_so_that_none_augments_like_another(bright_and_dark, tmp_path):
+    epochs = []
+
+    class Watched(PreparedDataset):
+        def __getitems__(self, keys):
+            epochs.append({epoch for epoch, _ in keys})
+            return super().__getitems__(keys)
+
+    watched = Watched(bright_and_dark.images, bright_and_dark.rows, np.zeros(NUM_IMAGES, np.int64), None, seed=0)
+    autoencoder = Autoencoder(AutoencoderConfig(3, 4, 2, (32, 32), (32, 32)))
+    train_autoencoder(autoencoder, watched, bright_and_dark, Reconstruction(3, 24, 0.01, 8), tmp_path, lambda *_: None)
+    assert epochs == [{0}, {0}, {1}, {1}, {2}, {2}]
+
+
 def test_epochs_are_as_many_as_the_budget_allows(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_epochs(100, 1000, 1e6, least=2, most=20) == 10
