@@ -108,7 +108,7 @@ def test_a_value_out_of_range_is_one_sentence_with_the_key_and_what_came(values,
 
 def test_a_word_that_is_no_choice_is_answered_with_the_choices(values):
     message = message_of(put(values, "ingest.layout", "folders"))
-    assert "'class_folders', 'split_folders', 'mvtec' or 'table', got 'folders'" in message
+    assert "'class_folders', 'split_folders', 'mvtec', 'table' or 'unlabelled', got 'folders'" in message
 
 
 def test_a_value_with_a_bar_in_it_is_repeated_as_it_came(values):

@@ -37,7 +37,7 @@ class Ingest(Section):
 
     source: Annotated[str, Field(min_length=1)]
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
-    layout: Literal["auto", "class_folders", "split_folders", "mvtec", "table"]
+    layout: Literal["auto", "class_folders", "split_folders", "mvtec", "table", "unlabelled"]
 
 
 class Validate(Section):

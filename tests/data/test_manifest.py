@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 from loupe.data import manifest as manifest_module
 from loupe.data.images import decode_image
 from loupe.data.manifest import (
-    FACTS,
+    FACTS_SCHEMA,
     MASKS_SCHEMA,
     QUALITY_SCHEMA,
     QUARANTINE_SCHEMA,
@@ -176,9 +176,9 @@ def count(monkeypatch):
     """Counts the files that are decoded."""
     decoded = []
 
-    def decode(content):
+    def decode(content, **options):
         decoded.append(content)
-        return decode_image(content)
+        return decode_image(content, **options)
 
     monkeypatch.setattr(manifest_module, "decode_image", decode)
     return lambda: len(decoded)
@@ -186,7 +186,7 @@ def count(monkeypatch):
 
 def test_facts_have_one_row_a_path(class_folders):
     facts = build_facts(class_folders, list_images(class_folders))
-    assert list(facts.columns) == STAMP + FACTS
+    assert list(facts.columns) == FACTS_SCHEMA.names
     assert len(facts) == 12
 
 

@@ -107,7 +107,6 @@ def test_suffixes_in_capitals_count(class_folders):
 @pytest.mark.parametrize(
     ("paths", "found"),
     [
-        (["0.png", "1.png"], "2 images in no folder"),
         (["train/cat/0.png", "test/cat/1.png", "extra/cat/2.png"], "the folders extra, test, train"),
         (["train/0.png", "test/1.png"], "the folders test, train"),
         (["test/cat/0.png"], "the folders test"),
@@ -121,6 +120,33 @@ def test_an_unknown_layout_is_answered_with_the_known_ones_and_what_was_found(tm
     message = str(caught.value)
     assert "has none of the known layouts. Expected class_folders: a folder for each class" in message
     assert message.endswith(f"Found {found}")
+
+
+def test_images_in_no_folder_are_unlabelled(tmp_path, write):
+    write(tmp_path / "0.png", 0)
+    listing = list_images(tmp_path)
+    assert listing.layout == "unlabelled"
+    assert listing.rows["path"].tolist() == ["0.png"]
+    assert listing.rows["label"].isna().all()
+
+
+def test_any_folder_can_be_read_as_unlabelled(mvtec):
+    listing = list_images(mvtec, "unlabelled")
+    assert set(listing.rows["path"]) > set(list_images(mvtec, "mvtec").rows["path"])
+    assert listing.rows["label"].isna().all()
+    assert not listing.left_out
+
+
+def test_images_beside_the_folders_of_classes_are_left_out_and_named(class_folders, write):
+    write(class_folders / "overview.png", 60)
+    listing = list_images(class_folders)
+    assert listing.layout == "class_folders"
+    assert len(listing.rows) == 12
+    assert listing.left_out == ["overview.png"]
+
+
+def test_masks_are_not_left_out(mvtec):
+    assert list_images(mvtec).left_out == []
 
 
 def test_a_layout_that_the_folder_has_not_is_an_error(tmp_path, write):
@@ -145,7 +171,7 @@ def test_a_file_instead_of_a_folder_is_an_error(tmp_path, write):
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"holds no images: expected files that end in \.bmp, "):
+    with pytest.raises(DataError, match=r"holds no images: expected files that end in \.png, "):
         list_images(tmp_path)
 
 

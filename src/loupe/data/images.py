@@ -67,8 +67,12 @@ def open_image(source: Path | bytes) -> Image.Image:
     return decode_image(source)[0]
 
 
-def decode_image(source: Path | bytes) -> tuple[Image.Image, str]:
+def decode_image(source: Path | bytes, grey: bool = False) -> tuple[Image.Image, str]:
     """What `open_image` gives, and Pillow's name of the pixel format that the file is written in.
+
+    Args:
+        grey: decode to grey values alone. Of a JPEG in colour that is the luminance it holds, for two thirds of the
+            time: its whole stream is read all the same, so that a broken one is found.
 
     Raises:
         DataError: if it is not one whole picture in one of FORMATS; says why.
@@ -77,8 +81,11 @@ def decode_image(source: Path | bytes) -> tuple[Image.Image, str]:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             mode = image.mode
             _check_header(image)
+            if grey and mode == "RGB":
+                image.draft("L", image.size)
             image.load()
-            return _to_eight_bits(_turn_upright(image)), mode
+            upright = _to_eight_bits(_turn_upright(image))
+            return upright.convert("L") if grey and upright.mode != "L" else upright, mode
     except Exception as error:  # Pillow's readers raise a dozen kinds, whatever their parsing ran into
         name = "the image" if isinstance(source, bytes) else str(source)
         raise DataError(f"{name} can't be decoded: {_explain(error)}") from error

@@ -3,9 +3,11 @@
 import hashlib
 import inspect
 import os
+import stat
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -58,7 +60,18 @@ MASKS_SCHEMA = pa.schema(
 QUARANTINE_SCHEMA = pa.schema([("path", pa.string()), ("label", pa.string()), ("reason", pa.string())])
 MIDDLE_SIDE, MINIATURE_SIDE, THUMBNAIL_SIDE = 128, 32, 16
 STAMP = ["path", "num_bytes", "modified_ns"]  # as long as these stay, a file's content is taken to stay
-FACTS = ["image_id", "width", "height", "mode", "contrast", "sharpness", "miniature", "reason"]
+FACTS_SCHEMA = pa.schema(
+    [
+        *(("path", pa.string()), ("num_bytes", pa.int64()), ("modified_ns", pa.int64())),
+        *(SCHEMA.field(name) for name in ("image_id", "width", "height", "mode", "phash")),
+        *(QUALITY_SCHEMA.field(name) for name in ("brightness", "contrast", "sharpness", "thumbnail")),
+        ("reason", pa.string()),  # why the file can't be used; null where it can
+    ]
+)
+Look = tuple[str, int, int, str, float, float, bytes]
+LOOK = ("image_id", "width", "height", "mode", "contrast", "sharpness", "miniature")
+NO_LOOK: Look = ("", 0, 0, "", 0.0, 0.0, bytes(MINIATURE_SIDE**2))
+CHUNK = 64  # files described together: numpy's and the pool's own costs are then small a file
 
 
 def build_facts(root: Path, listing: Listing, known: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -69,21 +82,21 @@ def build_facts(root: Path, listing: Listing, known: pd.DataFrame | None = None)
         known: what an earlier call returned, if anything.
 
     Returns:
-        STAMP and FACTS of each listed path; where `reason` is set, the file can't be used.
+        Columns of FACTS_SCHEMA, one row a listed path; where `reason` is set, the file can't be used.
     """
     stamps = pd.DataFrame([_stamp(root, path) for path in listing.rows["path"].unique()], columns=STAMP)
+    if known is None:
+        known = FACTS_SCHEMA.empty_table().to_pandas()
     # What could not be used is tried again: a disk may have failed, or a folder been closed, for a while.
-    known = pd.DataFrame(columns=STAMP + FACTS) if known is None else known[known["reason"].isna()]
-    facts = stamps.merge(known, on=STAMP, how="left", indicator=True)
-    new = facts["_merge"].eq("left_only").to_numpy()
-    paths = [root / path for path in facts.loc[new, "path"]]
+    known = stamps.merge(known[known["reason"].isna()], on=STAMP)
+    new = stamps[~stamps["path"].isin(known["path"])]
+    chunks = [new.iloc[start : start + CHUNK] for start in range(0, len(new), CHUNK)]
     real_root = os.path.realpath(root)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # with more threads than cores they wait for each other
-        described = list(pool.map(lambda path: _describe_file(real_root, path), paths))
-    found = pd.DataFrame(described, columns=FACTS, index=facts.index[new], dtype=object)
-    facts = facts.drop(columns="_merge").astype(dict.fromkeys(FACTS, object))
-    facts.loc[new, FACTS] = found
-    return facts
+        described = list(pool.map(lambda chunk: _describe_files(real_root, chunk), chunks))
+    found = pa.Table.from_batches(described, FACTS_SCHEMA).to_pandas()
+    facts: pd.DataFrame = pd.concat([known, found])
+    return facts.sort_values("path", ignore_index=True)
 
 
 def compute_facts_version() -> str:
@@ -98,9 +111,9 @@ def build_manifest(listing: Listing, facts: pd.DataFrame) -> tuple[pd.DataFrame,
     Returns:
         The manifest (SCHEMA), the quality of each content (QUALITY_SCHEMA) and the quarantine (QUARANTINE_SCHEMA).
     """
-    rows = listing.rows.merge(_finish_facts(facts), on="path")
+    rows = listing.rows.merge(facts, on="path")
     usable = rows["reason"].isna()
-    manifest = rows.loc[usable, SCHEMA.names].reset_index(drop=True)
+    manifest = rows.loc[usable, SCHEMA.names].astype({"width": "int32", "height": "int32"}).reset_index(drop=True)
     quality = rows.loc[usable, QUALITY_SCHEMA.names].drop_duplicates("image_id").sort_values("image_id")
     return manifest, quality.reset_index(drop=True), rows.loc[~usable, QUARANTINE_SCHEMA.names].reset_index(drop=True)
 
@@ -120,15 +133,15 @@ def check_masks(root: Path, manifest: pd.DataFrame) -> pd.DataFrame:
     return rows[["path", "mask_path"]].assign(problem=found).reset_index(drop=True)
 
 
-def _find_mask_problem(real_root: str, path: Path, size: tuple[int, int]) -> str | None:
+def _find_mask_problem(real_root: str, place: Path, size: tuple[int, int]) -> str | None:
     try:
-        _check_place(real_root, path)
-        mask = decode_image(path)[0]
+        _check_place(real_root, place)
+        mask = decode_image(place, grey=True)[0]
     except DataError as error:
-        return str(error).removeprefix(f"{path} ")
+        return str(error).removeprefix(f"{place} ")
     if mask.size != size:
         return f"it is {mask.width} x {mask.height}, and its image {size[0]} x {size[1]}"
-    return None if np.asarray(mask.convert("L")).any() else "it marks nothing"
+    return None if mask.getbbox() else "it marks nothing"
 
 
 def _stamp(root: Path, path: str) -> tuple[str, int, int]:
@@ -139,60 +152,68 @@ def _stamp(root: Path, path: str) -> tuple[str, int, int]:
     return path, status.st_size, status.st_mtime_ns
 
 
-def _describe_file(real_root: str, path: Path) -> tuple[object, ...]:
+def _describe_files(real_root: str, stamps: pd.DataFrame) -> pa.RecordBatch:
+    """Facts of some files; what follows from their miniatures is computed for all of them at once."""
+    looks, reasons = zip(*[_try_to_look(real_root, path) for path in stamps["path"]], strict=True)
+    found: dict[str, Any] = dict(zip(LOOK, zip(*looks, strict=True), strict=True))
+    miniatures = np.frombuffer(b"".join(found.pop("miniature")), np.uint8).reshape(-1, MINIATURE_SIDE, MINIATURE_SIDE)
+    found["phash"] = compute_perceptual_hashes(miniatures)
+    found["brightness"] = miniatures.mean(axis=(1, 2))
+    found["contrast"] = np.maximum(miniatures.std(axis=(1, 2)), found["contrast"])
+    found["thumbnail"] = _shrink(miniatures)
+    unusable = np.array([reason is not None for reason in reasons])
+    columns = {name: pa.array(values, FACTS_SCHEMA.field(name).type, mask=unusable) for name, values in found.items()}
+    columns |= {name: pa.array(stamps[name]) for name in STAMP} | {"reason": pa.array(reasons, pa.string())}
+    return pa.record_batch([columns[name] for name in FACTS_SCHEMA.names], schema=FACTS_SCHEMA)
+
+
+def _try_to_look(real_root: str, path: str) -> tuple[Look, str | None]:
+    """A look at a file, or nothing and the reason why it can't be used."""
     try:
-        _check_place(real_root, path)
-        content = path.read_bytes()
-        image, mode = decode_image(content)
-    except (OSError, DataError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error).removeprefix("the image ")
-        return (*[None] * (len(FACTS) - 1), reason)
+        return _look_at(real_root, path), None
+    except OSError as error:
+        return NO_LOOK, error.strerror
+    except DataError as error:
+        return NO_LOOK, str(error).removeprefix("the image ")
+
+
+def _look_at(real_root: str, path: str) -> Look:
+    """Contrast and sharpness are of the middle; the grey miniature is of the whole, MINIATURE_SIDE pixels square."""
+    place = Path(real_root, path)
+    _check_place(real_root, place)
+    content = place.read_bytes()
+    image, mode = decode_image(content, grey=True)
+    left, top = max(0, image.width - MIDDLE_SIDE) // 2, max(0, image.height - MIDDLE_SIDE) // 2
+    middle = image.crop((left, top, min(image.width, left + MIDDLE_SIDE), min(image.height, top + MIDDLE_SIDE)))
+    values = np.asarray(middle)
+    contrast, sharpness = (cv2.meanStdDev(one)[1][0, 0] for one in (values, cv2.Laplacian(values, cv2.CV_16S)))
+    miniature = image.resize((MINIATURE_SIDE, MINIATURE_SIDE), Image.Resampling.BOX, reducing_gap=1.0)
     digest = hashlib.sha256(content).hexdigest()
-    return (digest, image.width, image.height, mode, *_measure(image), None)
+    return digest, image.width, image.height, mode, float(contrast), float(sharpness**2), miniature.tobytes()
 
 
-def _check_place(real_root: str, path: Path) -> None:
-    """Raises DataError for what leads out of the source folder, or to nothing."""
-    if not path.exists():
-        raise DataError("is a link to nothing" if path.is_symlink() else "does not exist")
-    if not os.path.realpath(path).startswith(f"{real_root}{os.sep}"):
-        raise DataError("is a link that leaves the folder" if path.is_symlink() else "is outside of the folder")
-    if path.is_dir():
-        raise DataError("is a link to a folder, and not followed" if path.is_symlink() else "is a folder")
-    if not path.is_file():
+def _check_place(real_root: str, place: Path) -> None:
+    """Raises DataError for what leads out of the source folder, or is no regular file."""
+    real = os.path.realpath(place)
+    is_link = place.is_symlink()
+    try:
+        kind = place.stat().st_mode
+    except FileNotFoundError as error:
+        raise DataError("is a link to nothing" if is_link else "does not exist") from error
+    if not real.startswith(f"{real_root}{os.sep}"):
+        raise DataError("is a link that leaves the folder" if is_link else "is outside of the folder")
+    if stat.S_ISDIR(kind):
+        raise DataError("is a link to a folder, and not followed" if is_link else "is a folder")
+    if not stat.S_ISREG(kind):
         raise DataError("is no regular file")
 
 
-def _measure(image: Image.Image) -> tuple[float, float, bytes]:
-    """Contrast and sharpness of the middle, and a grey miniature of the whole, MINIATURE_SIDE pixels square."""
-    left, top = max(0, image.width - MIDDLE_SIDE) // 2, max(0, image.height - MIDDLE_SIDE) // 2
-    middle = image.crop((left, top, min(image.width, left + MIDDLE_SIDE), min(image.height, top + MIDDLE_SIDE)))
-    values = np.asarray(middle.convert("L"))
-    contrast, sharpness = (cv2.meanStdDev(one)[1][0, 0] for one in (values, cv2.Laplacian(values, cv2.CV_16S)))
-    # Every second pixel of a large image is enough for the mean of a block, and half the work.
-    stride = 2 if min(image.size) >= 8 * MINIATURE_SIDE else 1
-    coarse = image.resize((image.width // stride, image.height // stride), Image.Resampling.NEAREST)
-    grey = np.asarray(coarse.convert("L"))
-    miniature = cv2.resize(grey, (MINIATURE_SIDE, MINIATURE_SIDE), interpolation=cv2.INTER_AREA)
-    return float(contrast), float(sharpness**2), miniature.tobytes()
-
-
-def _finish_facts(facts: pd.DataFrame) -> pd.DataFrame:
-    """What follows from the miniatures, of all images at once: perceptual hash, brightness, contrast, thumbnail."""
-    usable = facts["reason"].isna()
-    pixels = np.frombuffer(b"".join(facts.loc[usable, "miniature"]), np.uint8)
-    miniatures = pixels.reshape(-1, MINIATURE_SIDE, MINIATURE_SIDE)
+def _shrink(miniatures: UInt8[np.ndarray, "num_images side side"]) -> list[bytes]:
+    """Thumbnails, as bytes row by row: means of blocks of the miniatures."""
     factor = MINIATURE_SIDE // THUMBNAIL_SIDE
     blocks = miniatures.reshape(-1, THUMBNAIL_SIDE, factor, THUMBNAIL_SIDE, factor)
-    thumbnails = blocks.mean(axis=(2, 4), dtype=np.float32).round().astype(np.uint8)
-    found = {
-        "phash": compute_perceptual_hashes(miniatures),
-        "brightness": miniatures.mean(axis=(1, 2), dtype=np.float32),
-        "thumbnail": [thumbnail.tobytes() for thumbnail in thumbnails],
-    }
-    finished = facts.join(pd.DataFrame(found, index=facts.index[usable]))
-    contrast = np.maximum(facts.loc[usable, "contrast"].astype("float32"), miniatures.std(axis=(1, 2)))
-    return finished.assign(contrast=contrast)
+    means = blocks.mean(axis=(2, 4), dtype=np.float32).round().astype(np.uint8)
+    return [thumbnail.tobytes() for thumbnail in means]
 
 
 def compute_perceptual_hashes(miniatures: UInt8[np.ndarray, "num_images side side"]) -> list[str]:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from loupe.errors import DataError
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 TABLE_READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     ".csv": lambda path: pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""]),  # 007 and NA are labels
     ".parquet": pd.read_parquet,
@@ -23,6 +23,7 @@ LAYOUTS = {
     "class_folders": "a folder for each class, with its images",
     "split_folders": "train/, test/ and perhaps val/, each with a folder for each class",
     "mvtec": "train/good/, test/<defect>/ and perhaps ground_truth/<defect>/ (the MVTec AD layout)",
+    "unlabelled": "images without labels, which can be scored but not trained on",
     "table": "one .csv or .parquet file beside the images, with the columns path, label and perhaps split, group, mask",
 }
 COLUMNS = ["path", "label", "group", "given_split", "mask_path"]
@@ -30,10 +31,14 @@ COLUMNS = ["path", "label", "group", "given_split", "mask_path"]
 
 @dataclass(frozen=True)
 class Listing:
-    """Images found in a folder. `rows` has COLUMNS; paths are relative to the folder, posix."""
+    """Images found in a folder. `rows` has COLUMNS; paths are relative to the folder, posix.
+
+    `left_out` are the images that the layout has no place for, such as those beside the folders of classes.
+    """
 
     layout: str
     rows: pd.DataFrame
+    left_out: list[str]
 
 
 def list_images(root: Path, layout: str = "auto") -> Listing:
@@ -43,15 +48,17 @@ def list_images(root: Path, layout: str = "auto") -> Listing:
         DataError: if the folder is missing, unreadable, empty, or of no known layout.
     """
     files, links = _list_files(root)
-    images = [path for path in files if path.suffix.lower() in SUFFIXES]
+    images = [path for path in files if path.lower().endswith(SUFFIXES)]
     if not images:
-        raise DataError(f"{root} holds no images: expected files that end in {', '.join(sorted(SUFFIXES))}")
-    tables = [path for path in files if len(path.parts) == 1 and path.suffix.lower() in TABLE_READERS]
+        raise DataError(f"{root} holds no images: expected files that end in {', '.join(SUFFIXES)}")
+    tables = [path for path in files if "/" not in path and path.lower().endswith(tuple(TABLE_READERS))]
     layout = _recognise_layout(root, images, tables) if layout == "auto" else layout
     rows = _read_table(root, tables) if layout == "table" else _read_folders(images, links, layout)
     if rows.empty:
         raise DataError(f"{root} has no images in the layout {layout} ({LAYOUTS[layout]})")
-    return Listing(layout, rows.sort_values("path", ignore_index=True))
+    placed = set(rows["path"]) | set(rows["mask_path"].dropna())
+    left_out = [path for path in images if path not in placed]
+    return Listing(layout, rows.sort_values("path", ignore_index=True), left_out)
 
 
 def name_source(root: Path) -> str:
@@ -62,8 +69,8 @@ def name_source(root: Path) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "_", folder.name).strip("_") or "images"
 
 
-def _list_files(root: Path) -> tuple[list[Path], list[Path]]:
-    """Sorted paths of files, and of links to folders, relative to `root`; hidden ones are left out."""
+def _list_files(root: Path) -> tuple[list[str], list[str]]:
+    """Sorted posix paths of files, and of links to folders, relative to `root`; hidden ones are left out."""
     try:
         is_folder = stat.S_ISDIR(root.stat().st_mode)
     except FileNotFoundError as error:
@@ -78,33 +85,37 @@ def _list_files(root: Path) -> tuple[list[Path], list[Path]]:
 
     files, links = [], []
     for folder, folders, names in os.walk(root, onerror=fail):
-        place = Path(folder).relative_to(root)
+        place = Path(folder).relative_to(root).as_posix()
+        prefix = "" if place == "." else f"{place}/"
         folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [place / _spell(name) for name in names if not name.startswith(".")]
-        links += [place / name for name in folders if (root / place / name).is_symlink()]
+        files += [_spell(f"{prefix}{name}") for name in names if not name.startswith(".")]
+        links += [f"{prefix}{name}" for name in folders if Path(folder, name).is_symlink()]
     return sorted(files), sorted(links)
 
 
-def _spell(name: str) -> str:
-    """A name that is no Unicode, spelt out: no such file is found, and so it is set aside."""
-    return name.encode(errors="backslashreplace").decode()
+def _spell(path: str) -> str:
+    """A path that is no Unicode, spelt out: no such file is found, and so it is set aside."""
+    return path.encode(errors="backslashreplace").decode()
 
 
-def _recognise_layout(root: Path, images: list[Path], tables: list[Path]) -> str:
+def _recognise_layout(root: Path, images: list[str], tables: list[str]) -> str:
     """A table before folders; MVTec before split folders before class folders, each a special case of the next."""
     if any(_has_columns(root / table) for table in tables):
         return "table"
-    folders = {path.parts[0] for path in images if len(path.parts) > 1}
-    in_train = {path.parts[1] for path in images if len(path.parts) > 2 and path.parts[0] == "train"}
+    places = {tuple(path.split("/")[:-1]) for path in images}
+    folders = {parts[0] for parts in places if parts}
+    in_train = {parts[1] for parts in places if len(parts) > 1 and parts[0] == "train"}
     if in_train == {NORMAL_FOLDER} and "test" in folders:
         return "mvtec"
     if in_train and folders <= set(SPLIT_FOLDERS):
         return "split_folders"
     if folders and not folders & set(SPLIT_FOLDERS):
         return "class_folders"
+    if not folders:
+        return "unlabelled"
     known = "; ".join(f"{name}: {meaning}" for name, meaning in LAYOUTS.items())
-    seen = f"the folders {', '.join(sorted(folders))}" if folders else f"{len(images)} images in no folder"
-    raise DataError(f"{root} has none of the known layouts. Expected {known}. Found {seen}")
+    seen = ", ".join(sorted(folders))
+    raise DataError(f"{root} has none of the known layouts. Expected {known}. Found the folders {seen}")
 
 
 def _has_columns(path: Path) -> bool:
@@ -121,7 +132,7 @@ def _read_one_table(path: Path) -> pd.DataFrame:
         raise DataError(f"{path} can't be read as a table: {' '.join(str(error).split())}") from error
 
 
-def _read_table(root: Path, tables: list[Path]) -> pd.DataFrame:
+def _read_table(root: Path, tables: list[str]) -> pd.DataFrame:
     """Rows of the one table beside the images."""
     if len(tables) != 1:
         raise DataError(f"{root} must hold one .csv or .parquet table beside its images, got {len(tables)}")
@@ -144,23 +155,21 @@ def _read_table(root: Path, tables: list[Path]) -> pd.DataFrame:
     return rows[COLUMNS].astype("str")
 
 
-def _read_folders(images: list[Path], links: list[Path], layout: str) -> pd.DataFrame:
+def _read_folders(images: list[str], links: list[str], layout: str) -> pd.DataFrame:
     """Links to folders are rows too: they are not followed, and ingest sets them aside with that reason."""
+    if layout == "unlabelled":
+        return pd.DataFrame({"path": [*images, *links]}, columns=COLUMNS, dtype="str")
     label_depth = 0 if layout == "class_folders" else 1
-    rows = [_describe(path, label_depth) for path in images if len(path.parts) > label_depth + 1]
-    rows += [_describe(path, label_depth) for path in links if len(path.parts) > label_depth]
-    table = pd.DataFrame([row for row in rows if label_depth == 0 or row["given_split"]], columns=COLUMNS, dtype="str")
+    placed = [path for path in images if path.count("/") > label_depth]
+    placed += [path for path in links if path.count("/") >= label_depth]
+    parts = [path.split("/", label_depth + 1) for path in placed]
+    table = pd.DataFrame({"path": placed, "label": [part[label_depth] for part in parts]}, columns=COLUMNS, dtype="str")
+    if label_depth:
+        table["given_split"] = pd.Series([SPLIT_FOLDERS.get(part[0]) for part in parts], dtype="str")
+        table = table[table["given_split"].notna()]
     if layout == "mvtec":
-        table["mask_path"] = _find_masks(table["path"], {str(path) for path in images}).to_numpy()
+        table["mask_path"] = _find_masks(table["path"], set(images)).to_numpy()
     return table
-
-
-def _describe(path: Path, label_depth: int) -> dict[str, str | None]:
-    return {
-        "path": path.as_posix(),
-        "label": path.parts[label_depth],
-        "given_split": SPLIT_FOLDERS.get(path.parts[0]) if label_depth else None,
-    }
 
 
 def _find_masks(paths: pd.Series, files: set[str]) -> pd.Series:

@@ -29,6 +29,9 @@ def ingest(params: Params) -> None:
     root = Path(params.ingest.source)
     listing = list_images(root, params.ingest.layout)
     log.info("layout of %s: %s (%s)", root, listing.layout, LAYOUTS[listing.layout])
+    if listing.left_out:
+        named = ", ".join(listing.left_out[:3])
+        log.warning("%d images have no place in this layout and are left out: %s", len(listing.left_out), named)
     version = f"{compute_facts_version()} {root.resolve()}"
     known = _recall(version)
     facts = build_facts(root, listing, known)
