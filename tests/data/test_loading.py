@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from loupe.data.loading import EpochSampler, PreparedDataset, build_loader
+from loupe.data.loading import EpochSampler, PreparedDataset, ResidentDataset, build_loader
 from loupe.data.transforms import build_augmentation
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 MOVES = [{"name": "Affine", "rotate": (-40, 40), "translate_percent": (-0.2, 0.2), "p": 1.0}]
 
 
@@ -108,3 +109,22 @@ def test_images_are_read_from_a_memory_map(tmp_path, draw):
     images = np.load(tmp_path / "images.npy", mmap_mode="r")
     loader = build_loader(dataset_of(images, build_augmentation(MOVES)), batch_size=2, shuffle=False, num_workers=2)
     assert read(loader, 0)[0].shape == (4, 3, 20, 24)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_images_on_a_device_come_in_the_same_batches(device, draw):
+    dataset = dataset_of(np.stack([np.asarray(draw(seed)) for seed in range(5)]), rows=np.array([4, 1, 3]))
+    keys = [(0, 2), (0, 0)]
+    resident = ResidentDataset(dataset, torch.device(device))
+    for expected, found in zip(dataset.__getitems__(keys), resident.__getitems__(keys), strict=True):
+        assert found.device.type == device
+        assert torch.equal(expected, found.cpu())
+    assert len(resident) == 3
+
+
+@needs_gpu
+def test_small_images_without_augmentation_lie_on_the_gpu(draw):
+    images = np.stack([np.asarray(draw(seed)) for seed in range(5)])
+    assert read(build_loader(dataset_of(images), 2, shuffle=False, num_workers=2), 0)[0].is_cuda
+    augmented = dataset_of(images, build_augmentation(MOVES))
+    assert not read(build_loader(augmented, 2, shuffle=False, num_workers=0), 0)[0].is_cuda

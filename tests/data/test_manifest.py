@@ -18,7 +18,6 @@ from loupe.data.manifest import (
     QUALITY_SCHEMA,
     QUARANTINE_SCHEMA,
     SCHEMA,
-    STAMP,
     build_facts,
     build_manifest,
     check_masks,

@@ -1,5 +1,6 @@
 """Feeding prepared images to training: augmented by (seed, epoch, image), whatever the number of workers."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from loupe.data.transforms import augment_image
+
+log = logging.getLogger(__name__)
 
 Batch = tuple[UInt8[Tensor, "batch channels height width"], Int64[Tensor, " batch"]]
 
@@ -72,18 +75,47 @@ class PreparedDataset(Dataset[Batch]):
         return batch, self.targets[torch.from_numpy(positions)]
 
 
+class ResidentDataset(Dataset[Batch]):
+    """Images that need no augmentation, whole on one device: a batch is picked there, and nothing is copied to it."""
+
+    def __init__(self, dataset: PreparedDataset, device: torch.device) -> None:
+        images = torch.from_numpy(np.ascontiguousarray(dataset.images[dataset.rows]))
+        self.images = images.to(device).permute(0, 3, 1, 2)
+        self.targets = dataset.targets.to(device)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
+        positions = torch.tensor([position for _, position in keys], device=self.targets.device)
+        return self.images[positions], self.targets[positions]
+
+
 def build_loader(dataset: PreparedDataset, batch_size: int, shuffle: bool, num_workers: int) -> DataLoader[Batch]:
-    """A loader whose order and augmentation follow from the dataset's seed and the epoch alone."""
+    """A loader whose order and augmentation follow from the dataset's seed and the epoch alone.
+
+    What needs no augmentation, and what a GPU has room for, goes there whole.
+    """
+    is_resident = torch.cuda.is_available() and dataset.augmentation is None and _fits_on_gpu(dataset)
+    num_workers = 0 if is_resident else num_workers
+    place = "lie on the GPU whole" if is_resident else f"come in batches, by {num_workers or 'no'} workers"
+    log.info("%d images of %s %s", len(dataset), " x ".join(map(str, dataset.images.shape[1:])), place)
     return DataLoader(
-        dataset,
+        ResidentDataset(dataset, torch.device("cuda")) if is_resident else dataset,
         batch_size=batch_size,
         sampler=EpochSampler(len(dataset), dataset.seed, shuffle),
         collate_fn=_keep,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_available() and not is_resident,
         drop_last=shuffle and len(dataset) >= 2 * batch_size,
     )
+
+
+def _fits_on_gpu(dataset: PreparedDataset) -> bool:
+    """A quarter of the free memory is enough room: the rest is for the network and its activations."""
+    num_bytes = len(dataset) * int(np.prod(dataset.images.shape[1:]))
+    return num_bytes <= torch.cuda.mem_get_info()[0] // 4
 
 
 def _keep(batch: Any) -> Any:
