@@ -12,7 +12,7 @@ BITS = np.array([value.bit_count() for value in range(256)])
 
 
 def looks_of(manifest, quality):
-    return manifest.drop_duplicates("image_id")[["image_id", "phash"]].merge(quality, on="image_id")
+    return manifest.drop_duplicates("image_id")[["image_id", "label", "phash"]].merge(quality, on="image_id")
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def looks():
         thumbnail = thumbnail if generator.random() < 0.9 else np.full(256, 100)
         rows.append((f"{generator.integers(2**60):064x}", bytes(phash).hex(), thumbnail.astype(np.uint8)))
     table = pd.DataFrame(rows, columns=["image_id", "phash", "thumbnail"])
-    return table.assign(thumbnail=[thumbnail.tobytes() for thumbnail in table["thumbnail"]])
+    return table.assign(label="cat", thumbnail=[thumbnail.tobytes() for thumbnail in table["thumbnail"]])
 
 
 def compare_one_by_one(looks):
@@ -132,7 +132,7 @@ def compare_one_by_one(looks):
             if distance > duplicates.MAX_HASH_DISTANCE:
                 continue
             correlation = np.corrcoef(first["pixels"], second["pixels"])[0, 1]
-            if correlation >= duplicates.MIN_CORRELATION:
+            if 1 - correlation <= duplicates.MAX_DISTANCE:
                 found.append((first["image_id"], second["image_id"], correlation, distance))
     return pd.DataFrame(found, columns=["first", "second", "correlation", "hash_distance"])
 
@@ -143,6 +143,29 @@ def test_the_search_equals_comparing_one_by_one_whatever_the_block(looks, monkey
     expected = compare_one_by_one(looks)
     assert 20 < len(expected) < 2000
     pd.testing.assert_frame_equal(find_near_duplicates(looks), expected, check_dtype=False, atol=1e-5)
+
+
+@pytest.mark.parametrize("crowded", [0.0, 1.0])
+def test_the_search_is_the_same_pair_by_pair_and_by_a_product(looks, monkeypatch, crowded):
+    pairs = find_near_duplicates(looks)
+    monkeypatch.setattr(duplicates, "CROWDED", crowded)
+    pd.testing.assert_frame_equal(find_near_duplicates(looks), pairs, atol=1e-5)
+
+
+def photograph(generator, part):
+    """A part under a fixed camera: a little moved, and with the noise of a sensor."""
+    moved = part.rotate(generator.normal(0, 1), translate=tuple(generator.normal(0, 2, 2)), resample=Image.BILINEAR)
+    noisy = np.asarray(moved) + generator.normal(0, 4, (part.height, part.width, 1))
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+def test_like_parts_under_a_fixed_camera_are_no_copies_of_each_other(find, draw):
+    generator, part = np.random.default_rng(0), draw(0, (128, 128)).resize((256, 256))
+    photos = {f"part{number}": photograph(generator, part) for number in range(40)}
+    copy = photos["part7"].point(lambda value: 10 + value * 9 // 10)
+    pairs = find(**{name: png(photo) for name, photo in photos.items()}, copy=png(copy))
+    assert frozenset({"part7", "copy"}) in pairs
+    assert len(pairs) <= 5
 
 
 def test_pairs_do_not_follow_the_order_of_rows(looks):

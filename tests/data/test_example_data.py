@@ -16,7 +16,7 @@ def tiles(repository, read):
         pytest.skip("the magnetic tiles are not here")
     manifest, quality, quarantine = read(root)
     assert quarantine.empty
-    pairs = find_near_duplicates(manifest.drop_duplicates("image_id")[["image_id", "phash"]].merge(quality))
+    pairs = find_near_duplicates(manifest.drop_duplicates("image_id")[["image_id", "label", "phash"]].merge(quality))
     contents = list_contents(manifest)
     return contents.assign(cluster=compute_clusters(contents, pairs)), pairs
 

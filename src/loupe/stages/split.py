@@ -28,7 +28,9 @@ log = logging.getLogger(__name__)
 def split(params: Params) -> None:
     section, manifest = params.split, load_table(MANIFEST)
     contents = list_contents(manifest)
-    looks = manifest.drop_duplicates("image_id")[["image_id", "phash"]].merge(load_table(QUALITY), on="image_id")
+    looks = manifest.drop_duplicates("image_id")[["image_id", "label", "phash"]].merge(
+        load_table(QUALITY), on="image_id"
+    )
     pairs = find_near_duplicates(looks)
     contents = contents.assign(cluster=compute_clusters(contents, pairs))
     _tell_of_given_leaks(manifest, contents, pairs)
