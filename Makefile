@@ -5,15 +5,21 @@ STAMP := .venv/.installed
 export DVC_NO_ANALYTICS := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test check bench bench-data ui environment lock
+.PHONY: run test browser check bench bench-data ui environment lock
 
 environment: $(STAMP)
 
 run: $(STAMP)
 	@loupe run $(if $(DATA),--data '$(DATA)') $(foreach change,$(SET),--set '$(change)')
 
-test: $(STAMP)
+test: $(STAMP) browser
 	pytest
+
+# Tests open the reports in Debian's Chromium, and are skipped where there is none.
+browser:
+	@if ! command -v chromium && command -v apt-get && test "$$(id -u)" = 0; then \
+	  apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends chromium; \
+	fi >/dev/null 2>&1 || echo "chromium could not be installed: tests that need it are skipped"
 
 check: $(STAMP)
 	ruff check .

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,24 +22,27 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SIZES = ((640, 480), (500, 375), (375, 500), (320, 240), (800, 600))  # pixels, as photos on the web have
-NUM_LABELS = 10
+SIZES = {  # pixels
+    "photos": ((640, 480), (500, 375), (375, 500), (320, 240), (800, 600)),  # as on the web
+    "camera": ((1280, 1024), (1600, 1200)),  # sensors of inspection cameras
+}
+NUM_LABELS, MANY = 10, 20_000
 NUM_AUGMENTED, SIDE, BATCH_SIZE, EPOCHS = 1_000, 256, 64, 3
 RESULTS = Path(__file__).with_name("data.json")
 
 
-def make_images(folder: Path, num_images: int) -> None:
+def make_images(folder: Path, num_images: int, kind: str) -> None:
     """Write JPEGs with the statistics of photos: smooth large shapes, some texture, some noise."""
     for label in range(NUM_LABELS):
         (folder / f"label_{label}").mkdir(parents=True)
     with ProcessPoolExecutor() as pool:
-        for _ in pool.map(_make_image, [folder] * num_images, range(num_images), chunksize=64):
+        for _ in pool.map(_make_image, [folder] * num_images, range(num_images), [kind] * num_images, chunksize=64):
             pass
 
 
-def _make_image(folder: Path, number: int) -> None:
+def _make_image(folder: Path, number: int, kind: str) -> None:
     generator = np.random.default_rng(number)
-    width, height = SIZES[number % len(SIZES)]
+    width, height = SIZES[kind][number % len(SIZES[kind])]
     coarse = Image.fromarray(generator.integers(0, 255, (9, 12, 3), np.uint8))
     coarse = coarse.resize((width, height), Image.Resampling.BICUBIC)
     fine = Image.fromarray(generator.integers(0, 255, (height // 4, width // 4, 3), np.uint8)).resize((width, height))
@@ -73,6 +77,30 @@ def measure_ingest(folder: Path) -> Iterator[int]:
         yield 0
         ingest(params)
         validate(params)
+        yield len(list(folder.rglob("*.jpg")))
+        os.chdir(folder)
+
+
+def measure_repro(folder: Path) -> Iterator[int]:
+    """`dvc repro validate` once more, where nothing has changed, in a copy of the project."""
+    from loupe.cli import change_params
+
+    project, environment = Path(__file__).parent.parent, {**os.environ, "DVC_NO_ANALYTICS": "1"}
+
+    def call(*command: str) -> None:
+        subprocess.run([sys.executable, "-m", "dvc", *command], check=True, env=environment)
+
+    with tempfile.TemporaryDirectory() as workspace:
+        os.chdir(workspace)
+        shutil.copytree(project / "src", "src")
+        for name in ("dvc.yaml", "params.yaml", "data/fashion_mnist/dvc.yaml"):
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(project / name, name)
+        change_params(Path("params.yaml"), {"ingest.source": str(folder)})
+        call("init", "--quiet", "--no-scm")
+        call("repro", "--quiet", "validate")
+        yield 0
+        call("repro", "--quiet", "validate")
         yield len(list(folder.rglob("*.jpg")))
         os.chdir(folder)
 
@@ -164,7 +192,7 @@ def measure(name: str, folder: Path) -> None:
     started = time.perf_counter()
     num_images = next(steps)
     seconds = time.perf_counter() - started
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**20
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
     print("measured", json.dumps({"images_per_second": num_images / seconds, "seconds": seconds, "peak_gb": peak}))
     for _ in steps:
         pass
@@ -181,35 +209,44 @@ def call_measure(name: str, folder: Path) -> dict[str, float]:
     return result
 
 
-def compare(counts: list[int]) -> dict[str, object]:
-    """All figures, and their ratios."""
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    results: dict[str, object] = {"machine": machine}
-    for count in counts:
-        with tempfile.TemporaryDirectory() as folder:
-            make_images(Path(folder), count)
-            bare, ours = call_measure("bare", Path(folder)), call_measure("ingest", Path(folder))
-        ratio = ours["images_per_second"] / bare["images_per_second"]
-        print(f"{count} images: ingest and validate reach {ratio:.2f} of a bare decode and hash")
-        results[f"ingest_{count}"] = {"bare": bare, "ours": ours, "ratio": ratio}
-    loader, alone, rival = (call_measure(name, Path()) for name in ("loader", "albumentations", "torchvision"))
+def compare_ingest(kind: str, count: int) -> dict[str, object]:
+    """Ingest and validate against a bare decode and hash; of many images, `dvc repro` without changes too."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_images(Path(folder), count, kind)
+        bare, ours = call_measure("bare", Path(folder)), call_measure("ingest", Path(folder))
+        result = {"bare": bare, "ours": ours, "ratio": ours["images_per_second"] / bare["images_per_second"]}
+        print(f"{count} images as of {kind}: ingest and validate reach {result['ratio']:.2f} of a bare decode and hash")
+        if count >= MANY:
+            result["repro_without_changes"] = call_measure("repro", Path(folder))
+    return result
+
+
+def compare_loaders() -> dict[str, object]:
+    """The training loader against albumentations alone and against torchvision."""
+    ours, alone, rival = (call_measure(name, Path()) for name in ("loader", "albumentations", "torchvision"))
+    results: dict[str, object] = {"ours": ours}
     for name, other in (("albumentations", alone), ("torchvision", rival)):
-        ratio = loader["images_per_second"] / other["images_per_second"]
+        ratio = ours["images_per_second"] / other["images_per_second"]
         print(f"the loader reaches {ratio:.2f} of {name}")
-        results[f"loader_to_{name}"] = {"ours": loader, "other": other, "ratio": ratio}
+        results[name] = {**other, "ratio": ratio}
     return results
 
 
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, nargs="+", default=[1_000, 100_000])
+    parser.add_argument("--sets", nargs="+", default=["photos:1000", "camera:1000", "photos:100000"])
     parser.add_argument("--measure", nargs=2)
     arguments = parser.parse_args()
     if arguments.measure:
         measure(arguments.measure[0], Path(arguments.measure[1]).resolve())
-    else:
-        RESULTS.write_text(json.dumps(compare(arguments.images), indent=2) + "\n")
+        return
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    results: dict[str, object] = {"machine": machine, "loader": compare_loaders()}
+    for one in arguments.sets:
+        kind, _, count = one.partition(":")
+        results[f"ingest {one}"] = compare_ingest(kind, int(count))
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,28 @@
 """What the tests share: small real images, and folders of them in the three layouts."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from playwright.sync_api import Browser, sync_playwright
+
+# Debian's Chromium, which asks its makers for nothing on its own.
+CHROMIUM_ARGUMENTS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 Draw = Callable[..., Image.Image]
 Write = Callable[..., Path]
@@ -40,6 +55,22 @@ def write(draw: Draw) -> Write:
         return path
 
     return write
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium; without one the test is skipped, or fails where LOUPE_NEEDS_BROWSER is set.
+
+    Each module has its own: as long as Playwright runs, nothing else in this thread can start an event loop.
+    """
+    path = shutil.which("chromium")
+    if path is None:
+        give_up = pytest.fail if os.environ.get("LOUPE_NEEDS_BROWSER") else pytest.skip
+        give_up("there is no chromium here: `make browser` installs Debian's, as root")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_ARGUMENTS)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from ruamel.yaml import YAML
@@ -16,6 +16,11 @@ from ruamel.yaml import YAML
 from loupe.config import load_params, parse_params
 from loupe.errors import ConfigError, LoupeError
 from loupe.stages.entry import TRACEBACK_VARIABLE, run_stage
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from loupe.models.explain import Explanation, Layer
 
 PARAMS = Path("params.yaml")
 LOOPBACK = "127.0.0.1"
@@ -106,6 +111,72 @@ def promote() -> None:
     from loupe.promotion import promote as promote_models  # torch and mlflow take seconds
 
     run_stage(promote_models)
+
+
+@app.command()
+def model(
+    name: Annotated[str, typer.Argument(help="A network that timm knows, or the course's own, such as lenet5.")],
+    size: Annotated[
+        str | None, typer.Option(help="Side of the images, such as 224, or height x width, such as 128x256.")
+    ] = None,
+    channels: Annotated[int | None, typer.Option(min=1, help="Channels of the images.")] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="Number of classes.")] = None,
+) -> None:
+    """Show a network layer by layer: shapes, parameters, receptive fields. What is not given is the network's own."""
+    sides = None if size is None else _parse_size(size)
+    from rich.console import Console
+
+    from loupe.models.explain import explain_network  # torch and timm take seconds
+
+    explanation = explain_network(name, sides, channels, classes)
+    console = Console(highlight=False)
+    console.print(_build_layer_table(explanation))
+    console.print(
+        f"\n{explanation.num_parameters:,} parameters ({explanation.num_bytes / 1e6:,.2f} MB), "
+        f"{explanation.num_multiply_adds:,} multiply-adds an image\n"
+        "Receptive fields are sides in pixels, and may reach into the padding.\n"
+        "Layers without parameters that keep the shape (ReLU, dropout) are left out."
+    )
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    """Height and width in pixels."""
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isascii() and side.isdigit() and int(side) > 0 for side in sides):
+        raise ConfigError(f"--size takes a side such as 224, or height x width such as 128x256; got {text!r}")
+    return int(sides[0]), int(sides[-1])
+
+
+def _build_layer_table(explanation: "Explanation") -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    title = f"{explanation.name} on {_join_sides(explanation.input_shape)}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("layer", overflow="fold")
+    table.add_column("kind", overflow="fold")
+    for heading in ("output", "parameters", "receptive\nfield"):
+        table.add_column(heading, justify="right")
+    for layer in explanation.layers:
+        table.add_row(
+            layer.name,
+            layer.kind,
+            _join_sides(layer.output_shape),
+            f"{layer.num_parameters:,}" if layer.num_parameters else "",
+            _write_field(layer),
+        )
+    return table
+
+
+def _write_field(layer: "Layer") -> str:
+    """A square is written as its side."""
+    if layer.receptive_field is None:
+        return "whole image"
+    return _join_sides(tuple(dict.fromkeys(layer.receptive_field)))
+
+
+def _join_sides(sides: tuple[int, ...]) -> str:
+    return "x".join(str(side) for side in sides)
 
 
 @app.command()

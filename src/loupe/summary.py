@@ -15,7 +15,7 @@ FIGURES = {
     "classifier": ("accuracy", "last_epoch_accuracy", "balanced_accuracy", "macro_f1", "log_loss"),
     "detector": ("image_auroc", "image_average_precision", "pixel_auroc", "f1", "false_alarm_rate", "miss_rate"),
 }
-WHERE_TO_LOOK = "data: reports/data_docs/index.html · figures: reports/summary.json · runs, models, flows: make ui"
+WHERE_TO_LOOK = "data: reports/data.html · figures: reports/summary.json · runs, models, flows: make ui"
 
 
 def write_summary() -> dict[str, Any]:

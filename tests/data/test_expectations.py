@@ -22,6 +22,7 @@ SMALL = "Every image is at least 8 pixels wide and high"
 LARGE = "Every image is at most 100 pixels wide and high"
 LONG = "No image is more than 5 times as long as wide"
 MODE = "Every image has a known mode"
+LABELLED = "Every image has a label: those without can be scored, but not trained on"
 LABEL_KNOWN = "Every label of val and test is also a label of train"
 FEW = "Every label that must be divided has at least 3 images"
 ONE_LABEL = "Every content has one label"
@@ -52,7 +53,9 @@ def check(tmp_path, collect):
     """Runs the suite on a folder of images; findings by their sentence."""
 
     def check(root, max_bad_fraction=0.1, leaks=NO_LEAKS):
-        findings, result = validate_images(collect(root, leaks), limits(max_bad_fraction), tmp_path / "docs")
+        findings, result = validate_images(
+            describe_images(collect(root, leaks)), limits(max_bad_fraction), tmp_path / "docs"
+        )
         critical = [finding.success for finding in findings if finding.severity == "critical"]
         assert result["success"] == all(finding.success for finding in findings)
         return {finding.sentence: finding for finding in findings}, all(critical)
@@ -70,6 +73,7 @@ def test_good_images_meet_every_expectation(check, request, layout):
         LARGE,
         LONG,
         MODE,
+        LABELLED,
         LABEL_KNOWN,
         FEW,
         ONE_LABEL,
@@ -137,6 +141,14 @@ def test_a_label_that_train_lacks_fails_and_its_files_are_named(check, split_fol
     assert findings[LABEL_KNOWN].files == [f"{split}/cow/0.png (label is known: False)"]
 
 
+def test_images_without_labels_fail_that_one_expectation(check, tmp_path, write):
+    for seed in range(3):
+        write(tmp_path / "photos" / f"{seed}.png", seed)
+    findings, good = check(tmp_path / "photos")
+    assert not good
+    assert [sentence for sentence, finding in findings.items() if finding.num_failing] == [LABELLED]
+
+
 def test_the_other_labels_of_a_one_class_train_set_are_anomalies_and_pass(check, mvtec):
     assert check(mvtec)[0][LABEL_KNOWN].success
 
@@ -183,7 +195,7 @@ def test_the_first_files_are_named_and_the_rest_counted(check, class_folders, wr
 
 
 def test_a_finding_without_hidden_files_says_nothing_of_more():
-    finding = Finding(ONE_LABEL, "critical", False, 1, ["cat/0.png (num labels of content: 2)"])
+    finding = Finding(ONE_LABEL, "critical", False, 1, {"cat/0.png": "num labels of content: 2"})
     assert finding.describe() == f"{ONE_LABEL}: 1 of the files fail this: cat/0.png (num labels of content: 2)"
 
 
@@ -204,7 +216,7 @@ def test_validating_does_not_change_its_tables(class_folders, collect, tmp_path)
     (class_folders / "cat" / "0.png").write_bytes(b"")
     images = collect(class_folders)
     before = copy.deepcopy(images)
-    validate_images(images, limits(), tmp_path / "docs")
+    validate_images(describe_images(images), limits(), tmp_path / "docs")
     for name in ("manifest", "quality", "masks", "quarantine", "leaks"):
         pd.testing.assert_frame_equal(getattr(images, name), getattr(before, name))
 
@@ -269,7 +281,8 @@ def test_an_image_far_darker_than_the_rest_is_told_and_passes(check, class_folde
     Image.fromarray(pixels).save(class_folders / "cat" / "dark.png")
     findings, good = check(class_folders)
     assert good
-    assert findings[FAR_OFF[0]].files[0].startswith("cat/dark.png (brightness offset: -")
+    assert findings[FAR_OFF[0]].files[0].startswith("cat/dark.png (")
+    assert findings[FAR_OFF[0]].files[0].endswith(" deviations below the median)")
 
 
 def test_where_most_images_are_equally_bright_none_is_far_off(check, tmp_path):
@@ -286,10 +299,10 @@ def test_where_most_images_are_equally_bright_none_is_far_off(check, tmp_path):
 def test_the_worst_images_are_those_with_problems_first_and_say_which(class_folders, collect):
     Image.new("L", (24, 20), 100).save(class_folders / "cat" / "flat.png")
     shutil.copyfile(class_folders / "cat" / "2.png", class_folders / "dog" / "copy.png")
-    worst = list_worst(describe_images(collect(class_folders)), limits(), 3).set_index("path")["caption"]
+    worst = list_worst(describe_images(collect(class_folders)), limits(), 3).set_index("path")["reason"]
     assert set(worst.index) == {"cat/flat.png", "cat/2.png", "dog/copy.png"}
-    assert worst["cat/flat.png"] == "cat/flat.png\nflat"
-    assert worst["dog/copy.png"] == "dog/copy.png\ntwo labels"
+    assert worst["cat/flat.png"] == "flat"
+    assert worst["dog/copy.png"] == "two labels"
 
 
 def test_no_more_of_the_worst_images_are_listed_than_asked_for(class_folders, collect):

@@ -2,16 +2,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loupe.data.sheets import CAPTION, GAP, TILE, WIDE_TILE, draw_augmentations, draw_captioned
-from loupe.data.transforms import build_augmentation
+from loupe.data.sheets import CAPTION, GAP, TILE, WIDE_TILE, draw_captioned, draw_rows
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_augmentations_have_a_row_an_image_with_the_original_at_its_left(draw, channels):
+def test_rows_have_the_first_picture_at_the_left_of_a_gap(draw, channels):
     image = np.asarray(draw(0, (32, 32)))
     blank = np.full((28, 28, channels), 7, np.uint8)
-    augmentation = build_augmentation([{"name": "InvertImg", "p": 1.0}])
-    sheet = draw_augmentations([image[:28, :28, :channels], blank], augmentation, 0, num_versions=3)
+    sheet = draw_rows([[image[:28, :28, :channels]] * 4, [blank, *[255 - blank] * 3]])
     step = TILE + GAP
     assert sheet.size == (4 * step + 2 * GAP, 2 * step + GAP)
     assert sheet.getpixel((GAP + 5, GAP + step + 5)) == (7, 7, 7)

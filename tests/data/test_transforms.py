@@ -6,6 +6,7 @@ from loupe.data.transforms import (
     POLICIES,
     augment_image,
     augment_pair,
+    augment_versions,
     build_augmentation,
     choose_policy,
 )
@@ -131,6 +132,14 @@ def test_augmenting_does_not_change_its_image(image):
     before = image.copy()
     augment_image(build_augmentation([{"name": "RandomBrightnessContrast", "p": 1.0}]), image, (0,))
     np.testing.assert_array_equal(image, before)
+
+
+def test_versions_are_a_row_for_each_image_with_the_original_first(image):
+    augmentation = build_augmentation([{"name": "Affine", "rotate": (-40, 40), "p": 1.0}])
+    rows = augment_versions(augmentation, [image, image], 3, num_versions=2)
+    assert [len(row) for row in rows] == [3, 3]
+    assert all(row[0] is image for row in rows)
+    np.testing.assert_array_equal(rows[1][2], augment_image(augmentation, image, (3, 1, 1)))
 
 
 def test_a_mask_moves_with_its_image():

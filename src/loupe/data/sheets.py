@@ -2,29 +2,20 @@
 
 from collections.abc import Sequence
 
-import albumentations as A
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
-
-from loupe.data.transforms import augment_image
 
 TILE, GAP, CAPTION = 96, 4, 26
 WIDE_TILE = 150
 
 
-def draw_augmentations(
-    images: Sequence[UInt8[np.ndarray, "height width channels"]],
-    augmentation: A.Compose,
-    seed: int,
-    num_versions: int = 7,
-) -> Image.Image:
-    """Each row shows an original (left) beside augmented versions of it."""
+def draw_rows(rows: Sequence[Sequence[UInt8[np.ndarray, "height width channels"]]]) -> Image.Image:
+    """Each row shows an original at the left, a gap, and versions of it; all rows have as many."""
     step = TILE + GAP
-    sheet = Image.new("RGB", (step * (num_versions + 1) + 2 * GAP, step * len(images) + GAP), "white")
-    for row, image in enumerate(images):
-        versions = [augment_image(augmentation, image, (seed, version, row)) for version in range(num_versions)]
-        for column, shown in enumerate([image, *versions]):
+    sheet = Image.new("RGB", (step * len(rows[0]) + 2 * GAP, step * len(rows) + GAP), "white")
+    for row, images in enumerate(rows):
+        for column, shown in enumerate(images):
             left = GAP + column * step + (GAP if column else 0)
             sheet.paste(_to_tile(shown), (left, GAP + row * step))
     return sheet

@@ -1,4 +1,4 @@
-"""Augmentation policies for albumentations, by name or written out, and the contact sheet that shows them."""
+"""Augmentation policies for albumentations, by name or written out."""
 
 import difflib
 import inspect
@@ -110,6 +110,23 @@ def augment_image(
     """
     _seed(augmentation, seed)
     return _check(augmentation(image=image)["image"], image)
+
+
+def augment_versions(
+    augmentation: A.Compose,
+    images: Sequence[UInt8[np.ndarray, "height width channels"]],
+    seed: int,
+    num_versions: int,
+) -> list[list[UInt8[np.ndarray, "height width channels"]]]:
+    """A row for each image: the original, then augmented versions of it.
+
+    Raises:
+        ConfigError: if the transforms change size or type.
+    """
+    return [
+        [image, *(augment_image(augmentation, image, (seed, version, row)) for version in range(num_versions))]
+        for row, image in enumerate(images)
+    ]
 
 
 def augment_pair(

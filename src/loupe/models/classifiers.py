@@ -10,14 +10,16 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from loupe.models.files import load_config, load_weights, save_model
+from loupe.models.input_size import check_input_size
 from loupe.models.preprocess import Preprocess
-from loupe.models.weights import build_backbone, check_backbone
+from loupe.models.weights import build_backbone, build_options, check_backbone
 
 
 class DataConfig(NamedTuple):
     """How a backbone's images were prepared when it was pretrained: timm's own data config.
 
-    `input_size` is a side in pixels, `crop_fraction` the part of the resized side that is kept.
+    `input_size` is a side in pixels, `crop_fraction` the part of the resized side that is kept; `mean` and `std` have
+    one value a channel.
     """
 
     input_size: int
@@ -25,6 +27,13 @@ class DataConfig(NamedTuple):
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def fit_channels(self, channels: int) -> "DataConfig":
+        """The same for images of another number of channels: each then has the average of mean and std."""
+        if len(self.mean) == channels:
+            return self
+        mean, std = (sum(values) / len(values) for values in (self.mean, self.std))
+        return self._replace(mean=(mean,) * channels, std=(std,) * channels)
 
 
 def get_data_config(backbone: str) -> DataConfig:
@@ -42,9 +51,25 @@ def get_data_config(backbone: str) -> DataConfig:
     )
 
 
+def choose_channels(backbone: str, weights: str, image_channels: int) -> int:
+    """How many channels a network sees of images that have 1 (grey) or 3.
+
+    A random one sees what there is. A pretrained one sees what it was trained on; of colours, none is taken away.
+
+    Raises:
+        WeightsError: if timm has no such backbone.
+    """
+    native = len(get_data_config(backbone).mean)
+    return image_channels if weights == "none" else max(native, image_channels)
+
+
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """All that it takes to make the network again. `crop` and `size` are (height, width) in pixels."""
+    """All that it takes to make the network again.
+
+    `crop` and `size` are (height, width) in pixels; `channels` is what the network sees, and grey images are repeated
+    where that is more than they have.
+    """
 
     backbone: str
     labels: list[str]
@@ -52,6 +77,7 @@ class ClassifierConfig:
     size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    channels: int = 3
 
 
 class Classifier(nn.Module):
@@ -60,7 +86,7 @@ class Classifier(nn.Module):
     def __init__(self, config: ClassifierConfig, backbone: nn.Module) -> None:
         super().__init__()
         self.config = config
-        self.preprocess = Preprocess(config.crop, config.size, 3, config.mean, config.std)
+        self.preprocess = Preprocess(config.crop, config.size, config.channels, config.mean, config.std)
         self.backbone = backbone.to(memory_format=torch.channels_last)
 
     @property
@@ -87,8 +113,11 @@ def build_classifier(config: ClassifierConfig, weights: str) -> Classifier:
 
     Raises:
         WeightsError: if the backbone or its weights can't be had.
+        ConfigError: if the backbone can't take images of that size; nothing is loaded or trained before.
     """
-    backbone = build_backbone(config.backbone, weights)
+    check_input_size(config.backbone, *config.size, config.channels)
+    options = build_options(config.backbone, config.size, config.channels)
+    backbone = build_backbone(config.backbone, weights, **options)
     backbone.reset_classifier(len(config.labels))  # type: ignore[operator]
     return Classifier(config, backbone)
 
@@ -102,7 +131,8 @@ def load_classifier(folder: Path) -> Classifier:
     """Read what `save_classifier` wrote, ready to predict."""
     values = load_config(folder)["classifier"]
     config = ClassifierConfig(**{**values, **{key: tuple(values[key]) for key in ("crop", "size", "mean", "std")}})
-    network = timm.create_model(config.backbone, pretrained=False, num_classes=len(config.labels))
+    options = build_options(config.backbone, config.size, config.channels)
+    network = timm.create_model(config.backbone, pretrained=False, num_classes=len(config.labels), **options)
     classifier = Classifier(config, network)
     load_weights(classifier, folder / "model.safetensors")
     return classifier.eval()

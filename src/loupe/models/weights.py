@@ -9,11 +9,13 @@ import importlib.metadata
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 
+import loupe.models.architectures  # noqa: F401 - so that timm knows them
 from loupe.errors import WeightsError
 from loupe.models.files import fit_weights, load_weights
 
@@ -42,20 +44,21 @@ WAYS = (
 )
 
 
-def build_backbone(name: str, weights: str) -> nn.Module:
+def build_backbone(name: str, weights: str, **options: Any) -> nn.Module:
     """Make a timm network with the classes it was pretrained on, and load its weights.
 
     Args:
         name: any name that timm knows.
         weights: `package`, `hub`, `none`, or the path of a .safetensors file.
+        options: what the network is told of its input (`build_options`); without, it is made for its own.
 
     Raises:
         WeightsError: if timm has no such network, or the weights can't be had or don't fit.
     """
     check_backbone(name)
     if weights == "hub":
-        return _load_from_hub(name)
-    network = timm.create_model(name, pretrained=False)
+        return _load_from_hub(name, options)
+    network = timm.create_model(name, pretrained=False, **options)
     if weights == "package":
         fit_weights(network, _load_packaged(name, network), f"package {PACKAGED[name].package}")
     elif weights.endswith(".safetensors"):
@@ -72,6 +75,16 @@ def check_backbone(name: str) -> None:
         raise WeightsError(f"timm has no backbone {name!r}; nearest names: {', '.join(near) or 'none'}")
 
 
+def build_options(name: str, size: tuple[int, int], channels: int) -> dict[str, Any]:
+    """What timm's constructor is told of images of size (height, width) in pixels.
+
+    The size goes only to networks whose layers depend on it, which timm marks by `fixed_input_size`.
+    """
+    config = timm.get_pretrained_cfg(name)
+    assert config is not None  # every registered model has one
+    return {"in_chans": channels, **({"img_size": size} if config.fixed_input_size else {})}
+
+
 def describe_source(name: str, weights: str) -> str:
     """Where the weights came from and under which licence, in a few words."""
     if weights == "package":
@@ -79,9 +92,9 @@ def describe_source(name: str, weights: str) -> str:
     return {"hub": "timm's hub", "none": "random"}.get(weights, weights)
 
 
-def _load_from_hub(name: str) -> nn.Module:
+def _load_from_hub(name: str, options: dict[str, Any]) -> nn.Module:
     try:
-        network: nn.Module = timm.create_model(name, pretrained=True)
+        network: nn.Module = timm.create_model(name, pretrained=True, **options)
     except Exception as error:  # the hub's client, requests and timm raise a dozen kinds
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise WeightsError(

@@ -4,12 +4,12 @@ import logging
 
 from loupe.config import Params
 from loupe.data.prepare import load_prepared
-from loupe.data.sheets import draw_augmentations
-from loupe.data.transforms import build_augmentation, choose_policy
+from loupe.data.sheets import draw_rows
+from loupe.data.transforms import augment_versions, build_augmentation, choose_policy
 from loupe.stages.entry import run_stage, save_json
 from loupe.stages.files import AUGMENT, CONTACT_SHEET, POLICY, PREPARED, SKIPPED
 
-NUM_ORIGINALS = 8
+NUM_ORIGINALS, NUM_VERSIONS = 8, 7
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +25,9 @@ def augment(params: Params) -> None:
         num_each = -(-NUM_ORIGINALS // train["label"].nunique())
         shown = train.groupby("label").head(num_each).index[:NUM_ORIGINALS]
         (AUGMENT / task).mkdir(parents=True, exist_ok=True)
-        draw_augmentations(prepared.images[shown.to_numpy()], augmentation, params.seed).save(
-            AUGMENT / task / CONTACT_SHEET
-        )
+        originals = prepared.images[shown.to_numpy()]
+        rows = augment_versions(augmentation, originals, params.seed, NUM_VERSIONS)
+        draw_rows(rows).save(AUGMENT / task / CONTACT_SHEET)
         save_json({"policy": name, "transforms": specs}, AUGMENT / task / POLICY)
         log.info("%s: policy %s (%s)", task, name, ", ".join(spec["name"] for spec in specs) or "no transforms")
 

@@ -14,6 +14,7 @@ QUARANTINE = Path("data/ingest/quarantine.parquet")
 FACTS_MEMORY = Path("data/memory/facts.parquet")  # no out: what an earlier run decoded
 VALIDATION = Path("reports/validation.json")
 WORST_IMAGES = Path("reports/worst_images.png")
+DATA_REPORT = Path("reports/data.html")
 DATA_DOCS = Path("reports/data_docs")
 SPLITS = Path("data/split/splits.parquet")
 SPLIT_RULES = Path("data/split/rules.json")

@@ -13,6 +13,7 @@ from loupe.stages.entry import save_json
 from loupe.stages.files import (
     AUGMENT,
     CONTACT_SHEET,
+    DATA_REPORT,
     HISTORY,
     MANIFEST,
     MODELS,
@@ -44,9 +45,8 @@ def record_training(task: str, params: Params, recipe: FineTuning | Reconstructi
     values = {**params.model_dump(by_alias=True), "chosen": asdict(recipe)}
     with start_run(task, values, {"task": task}) as run_id:
         log_dataset(rows, Path(data_set.source), data_set.name, compute_data_digest(rows))
-        log_results(
-            client, run_id, files=[AUGMENT / task / CONTACT_SHEET, AUGMENT / task / POLICY, VALIDATION, WORST_IMAGES]
-        )
+        augmented = [AUGMENT / task / CONTACT_SHEET, AUGMENT / task / POLICY]
+        log_results(client, run_id, files=[*augmented, VALIDATION, WORST_IMAGES, DATA_REPORT])
         yield run_id
 
 

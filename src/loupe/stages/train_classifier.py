@@ -11,7 +11,13 @@ from loupe.data.loading import PreparedDataset
 from loupe.data.prepare import Prepared, load_prepared
 from loupe.data.split import load_tasks
 from loupe.data.transforms import build_augmentation
-from loupe.models.classifiers import ClassifierConfig, build_classifier, get_data_config, save_classifier
+from loupe.models.classifiers import (
+    ClassifierConfig,
+    build_classifier,
+    choose_channels,
+    get_data_config,
+    save_classifier,
+)
 from loupe.models.weights import describe_source
 from loupe.stages.entry import run_stage, save_json
 from loupe.stages.files import MODELS, PREPARED, SKIPPED, TASKS
@@ -59,7 +65,9 @@ def train_classifier(params: Params) -> None:
 
 
 def _build_config(section: Section, prepared: Prepared, labels: list[str]) -> ClassifierConfig:
-    geometry, pretrained = prepared.geometry, get_data_config(section.backbone)
+    geometry = prepared.geometry
+    channels = choose_channels(section.backbone, section.weights, geometry.channels)
+    pretrained = get_data_config(section.backbone).fit_channels(channels)
     return ClassifierConfig(
         backbone=section.backbone,
         labels=labels,
@@ -67,6 +75,7 @@ def _build_config(section: Section, prepared: Prepared, labels: list[str]) -> Cl
         size=(geometry.input_height, geometry.input_width),
         mean=pretrained.mean,
         std=pretrained.std,
+        channels=channels,
     )
 
 
