@@ -52,6 +52,18 @@ def test_an_unknown_key_fails_with_the_nearest_name(values, key, nearest):
     assert message == f"params.yaml: {key} is not a known key; did you mean {nearest!r}?"
 
 
+def test_a_recipe_from_scratch_takes_no_weights(values):
+    scratch = put(values, "train_classifier.recipe", "scratch")
+    message = message_of(put(scratch, "train_classifier.weights", "package"))
+    expected = "train_classifier: weights must be auto or none with the recipe scratch, got 'package'"
+    assert message == f"params.yaml: {expected}"
+
+
+def test_an_unknown_recipe_is_answered_with_the_recipes(values):
+    message = message_of(put(values, "train_classifier.recipe", "fine_tune"))
+    assert "'features_augmented' or 'fine_tuned', got 'fine_tune'" in message
+
+
 def test_an_unknown_key_that_resembles_none_lists_the_known_keys(values):
     message = message_of(put(values, "validate.zzz", 1))
     assert message.endswith("known keys: max_aspect, max_bad_fraction, max_side, min_contrast, min_images, min_side")

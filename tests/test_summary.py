@@ -27,6 +27,24 @@ def test_what_was_trained_has_figures_champion_and_reason():
     assert told["because"].startswith("version 3: image_auroc 0.9123 is not above")
 
 
+def test_a_figure_with_an_interval_is_followed_by_it():
+    figures = {"classifier/test/accuracy": 0.925, "classifier/test/accuracy_low": 0.91, "classifier/test/log_loss": 0.2}
+    told = describe_task(
+        {
+            **figures,
+            "classifier/test/accuracy_high": 0.94,
+            "classifier/train/num_images": 90,
+            "classifier/test/num_images": 40,
+            "classifier/model": "tiles-classifier",
+            "classifier/version": "1",
+            "classifier/champion_version": None,
+            "classifier/reason": "accuracy 0.925 passes the floor",
+        },
+        "classifier",
+    )
+    assert told["figures"] == "accuracy 0.9250 (0.9100 to 0.9400)\nlog_loss 0.2000"
+
+
 def test_data_set_is_one_line():
     assert describe_data(SUMMARY) == "tiles: 790 images in the layout mvtec, 2 files set aside"
 

@@ -15,6 +15,7 @@ from loupe.errors import ConfigError
 
 Auto = Literal["auto"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+NotNegative = Annotated[float, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Side = Annotated[int, Field(ge=16, le=2048)]
 CodedSide = Annotated[int, Field(ge=16, le=2048, multiple_of=8)]
@@ -104,18 +105,37 @@ class Augment(Section):
 
 
 class TrainClassifier(Section):
-    """Fine-tuning of a pretrained backbone: first the head alone, then the whole at a smaller rate."""
+    """A recipe by name, and each of its knobs. `epochs`, rates and what follows are of training the whole network."""
 
+    recipe: Literal["scratch", "scratch_augmented", "features", "features_augmented", "fine_tuned"]
     backbone: str
     weights: str
-    head_epochs: PositiveInt
-    head_learning_rate: PositiveFloat
-    epochs: Annotated[int, Field(ge=0)] | Auto
-    batch_size: PositiveInt | Auto
-    learning_rate: PositiveFloat | Auto
-    weight_decay: Annotated[float, Field(ge=0)]
-    label_smoothing: Fraction
+    drop_rate: Fraction
+    drop_path: Fraction
+    epochs: PositiveInt | Auto
     patience: PositiveInt
+    batch_size: PositiveInt | Auto
+    optimizer: str
+    learning_rate: PositiveFloat | Auto
+    layer_decay: Annotated[float, Field(gt=0, le=1)]
+    schedule: Literal["one_cycle", "cosine", "plateau"]
+    weight_decay: NotNegative
+    l1: NotNegative
+    label_smoothing: Fraction
+    mixup: NotNegative
+    cutmix: NotNegative
+    ema_decay: Fraction
+    class_weights: Literal["none", "balanced"]
+    accumulate: PositiveInt
+    gradient_clip: NotNegative
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] | Auto
+    compile: bool
+
+    @model_validator(mode="after")
+    def _scratch_starts_from_nothing(self) -> Self:
+        if self.recipe.startswith("scratch") and self.weights not in ("auto", "none"):
+            raise ValueError(f"weights must be auto or none with the recipe {self.recipe}, got {self.weights!r}")
+        return self
 
 
 class TrainDetector(Section):

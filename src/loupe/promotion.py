@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +11,7 @@ import pandas as pd
 from loupe.config import Params, PromoteTask
 from loupe.data.manifest import load_table
 from loupe.data.split import load_tasks
+from loupe.evaluation.agreement import Agreement
 from loupe.evaluation.anomaly import compute_image_auroc
 from loupe.evaluation.promotion import decide_promotion
 from loupe.stages.entry import save_json
@@ -18,6 +19,7 @@ from loupe.stages.files import MODELS, PREPARED, PROMOTION, REPORTS, RUN, SKIPPE
 from loupe.tracking import registry
 from loupe.tracking.runs import connect, find_run
 
+EXPORTED = ("classifier",)  # whose export stage leaves metrics/<task>_export.json
 METRICS = {"classifier": "accuracy", "detector": "image_auroc"}
 
 log = logging.getLogger(__name__)
@@ -65,17 +67,15 @@ def _promote_task(task: str, rules: PromoteTask) -> Outcome:
     version = registry.register_version(client, name, run_id, model_uri)
     champion = registry.find_champion(client, name)
     hold_out = _load_hold_out(task, Path(data_set.source))
-    question = _compute_question(rules, hold_out, str(champion.version) if champion else None)
+    flaw = _find_flaw(task)
+    question = _compute_question(rules, hold_out, str(champion.version) if champion else None, flaw)
     is_champion = champion is not None and champion.version == version.version
     if not is_champion and version.tags.get(registry.QUESTION_TAG) != question:
-        metric = METRICS[task]
-        figures = json.loads((REPORTS / "metrics" / f"{task}.json").read_text())
-        to_beat = (
-            None
-            if champion is None
-            else _compute_metric(task, registry.predict_with(champion, list(hold_out["file"])), hold_out)
-        )
-        decision = decide_promotion(metric, figures[f"{task}/test/{metric}"], to_beat, rules.floor, rules.margin)
+        figure = json.loads((REPORTS / "metrics" / f"{task}.json").read_text())[f"{task}/test/{METRICS[task]}"]
+        to_beat = None
+        if champion is not None and flaw is None:
+            to_beat = _compute_metric(task, registry.predict_with(champion, list(hold_out["file"])), hold_out)
+        decision = decide_promotion(METRICS[task], figure, to_beat, rules.floor, rules.margin, flaw)
         version = registry.record_decision(client, version, decision.promoted, decision.reason, question)
         champion = registry.find_champion(client, name)
     return Outcome(
@@ -87,6 +87,17 @@ def _promote_task(task: str, rules: PromoteTask) -> Outcome:
     )
 
 
+def _find_flaw(task: str) -> str | None:
+    """What the stage that exported the model found wrong, in words; None where it agrees, or none exports it."""
+    if task not in EXPORTED:
+        return None
+    values = json.loads((REPORTS / "metrics" / f"{task}_export.json").read_text())
+    agreement = Agreement(**{field.name: values[f"{task}/export/{field.name}"] for field in fields(Agreement)})
+    if agreement.agrees:
+        return None
+    return f"the exported model disagrees with the trained one: {agreement.describe()}"
+
+
 def _load_hold_out(task: str, root: Path) -> pd.DataFrame:
     """image_id, label and file of the test images, the same for challenger and champion."""
     index = load_table(PREPARED / task / "index.parquet")
@@ -94,9 +105,10 @@ def _load_hold_out(task: str, root: Path) -> pd.DataFrame:
     return rows[["image_id", "label"]].assign(file=[root / path for path in rows["path"]])
 
 
-def _compute_question(rules: PromoteTask, hold_out: pd.DataFrame, champion: str | None) -> str:
+def _compute_question(rules: PromoteTask, hold_out: pd.DataFrame, champion: str | None, flaw: str | None) -> str:
     """A digest of all that a decision rests on beside the challenger, so that the same is not decided twice."""
     parts = [str(champion), f"{rules.floor:g}", f"{rules.margin:g}", *hold_out["image_id"], *hold_out["label"]]
+    parts += [flaw] if flaw else []
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -15,7 +15,10 @@ FIGURES = {
     "classifier": ("accuracy", "last_epoch_accuracy", "balanced_accuracy", "macro_f1", "log_loss"),
     "detector": ("image_auroc", "image_average_precision", "pixel_auroc", "f1", "false_alarm_rate", "miss_rate"),
 }
-WHERE_TO_LOOK = "data: reports/data.html · figures: reports/summary.json · runs, models, flows: make ui"
+WHERE_TO_LOOK = (
+    "data: reports/data.html · classifier: reports/classifier.html · figures: reports/summary.json · "
+    "runs, models, flows: make ui"
+)
 
 
 def write_summary() -> dict[str, Any]:
@@ -26,7 +29,8 @@ def write_summary() -> dict[str, Any]:
         if reason:
             summary[f"{task}/not_trained_because"] = reason
         else:
-            summary |= _load_json(REPORTS / "metrics" / f"{task}.json")
+            for path in sorted((REPORTS / "metrics").glob(f"{task}*.json")):
+                summary |= _load_json(path)
             summary |= {f"{task}/{key}": value for key, value in promotion[task].items()}
     save_json(summary, SUMMARY)
     return summary
@@ -47,12 +51,22 @@ def describe_task(summary: dict[str, Any], task: str) -> dict[str, str]:
     return {
         "trained": f"on {images}",
         "figures": "\n".join(
-            f"{name} {summary[f'{task}/test/{name}']:.4f}" for name in FIGURES[task] if f"{task}/test/{name}" in summary
+            _describe_figure(summary, f"{task}/test/{name}")
+            for name in FIGURES[task]
+            if f"{task}/test/{name}" in summary
         ),
         "champion": "nobody yet" if champion is None else f"version {champion} of {summary[f'{task}/model']}",
         "because": f"version {version}: {summary[f'{task}/reason']}",
         "pictures": f"reports/{task}/",
     }
+
+
+def _describe_figure(summary: dict[str, Any], name: str) -> str:
+    """The last part of its name, its value, and its 95% interval where it has one."""
+    figure = f"{name.rpartition('/')[2]} {summary[name]:.4f}"
+    if f"{name}_low" not in summary:
+        return figure
+    return f"{figure} ({summary[f'{name}_low']:.4f} to {summary[f'{name}_high']:.4f})"
 
 
 def describe_data(summary: dict[str, Any]) -> str:

@@ -5,7 +5,17 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from loupe.evaluation.pictures import draw_confusion, draw_heat_maps, draw_history, draw_predictions, draw_scores
+from loupe.evaluation.calibration import compute_coverage, compute_reliability
+from loupe.evaluation.pictures import (
+    HEAT_SIDE,
+    draw_confusion,
+    draw_coverage,
+    draw_heat_maps,
+    draw_history,
+    draw_reliability,
+    draw_scores,
+    overlay_heat,
+)
 
 
 def render(figure):
@@ -40,6 +50,15 @@ def test_a_label_without_images_stays_white():
 def test_many_labels_are_drawn_without_numbers():
     figure = draw_confusion(np.eye(31, dtype=np.int64), [str(number) for number in range(31)])
     assert texts(figure.axes[0]) == []
+
+
+def test_a_thousand_labels_are_drawn_no_larger_than_a_hundred():
+    hundred, thousand = (
+        draw_confusion(np.eye(number, dtype=np.int64), [str(label) for label in range(number)])
+        for number in (100, 1000)
+    )
+    assert thousand.get_size_inches().tolist() == hundred.get_size_inches().tolist()
+    assert render(thousand).std() > 0
 
 
 def test_a_label_is_shown_as_it_is_written_and_not_as_a_formula():
@@ -85,15 +104,6 @@ def test_a_perfect_reconstruction_can_be_drawn():
     render(draw_heat_maps(np.zeros((1, 8, 8, 1), np.uint8), np.zeros((1, 8, 8, 1)), np.zeros((1, 8, 8)), ["a"]))
 
 
-@pytest.mark.parametrize(("num_images", "num_axes"), [(1, 8), (8, 8), (9, 16)])
-def test_predictions_fill_a_grid_row_by_row(num_images, num_axes):
-    images = np.zeros((num_images, 8, 8, 3), np.uint8)
-    figure = draw_predictions(images, [f"image {number}" for number in range(num_images)])
-    assert len(figure.axes) == num_axes
-    assert sum(len(axes.images) for axes in figure.axes) == num_images
-    render(figure)
-
-
 def history(**columns):
     return pd.DataFrame({"epoch": [0, 1, 2], "train/loss": [3.0, 2.0, 1.0], "val/loss": [3.0, 1.5, 2.0], **columns})
 
@@ -114,3 +124,41 @@ def test_the_history_shows_accuracy_where_there_is_one():
 
 def test_a_history_of_one_epoch_can_be_drawn():
     render(draw_history(history()[:1]))
+
+
+def test_reliability_has_a_line_a_diagram_beside_the_ideal():
+    diagram = compute_reliability(np.array([0, 1, 1]), np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]]))
+    figure = draw_reliability({"before": diagram, "after": diagram})
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == ["as sure as it is right", "before", "after"]
+    assert render(figure).std() > 0
+
+
+@pytest.mark.parametrize("num_images", [1, 100])
+def test_coverage_is_drawn_of_any_number_of_images(num_images):
+    confidence = np.linspace(0.6, 1, num_images)
+    figure = draw_coverage(compute_coverage(np.zeros(num_images, np.int64), np.stack([confidence, 1 - confidence], 1)))
+    assert len(figure.axes[0].lines[0].get_xdata()) == num_images
+    render(figure)
+
+
+@pytest.mark.parametrize(("side", "shown"), [(28, 6 * 28), (HEAT_SIDE, HEAT_SIDE), (300, 300)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_heat_lies_over_a_grey_copy_of_the_image(side, shown, channels):
+    image, heat = np.full((side, side, channels), 100, np.uint8), np.zeros((4, 4))
+    heat[0, 0] = 1.0
+    covered = overlay_heat(image, heat)
+    assert covered.shape == (shown, shown, 3)
+    assert covered[-1, -1].tolist() == [100, 100, 100]
+    red, _, blue = covered[2, 2].astype(int)
+    assert red > 180 > blue
+
+
+def test_heat_of_another_shape_covers_the_whole_image():
+    assert overlay_heat(np.zeros((40, 80, 3), np.uint8), np.ones((2, 5), np.float32)).shape == (80, 160, 3)
+
+
+def test_heat_leaves_the_image_as_it_was():
+    image = np.full((200, 200, 3), 7, np.uint8)
+    overlay_heat(image, np.ones((2, 2)))
+    assert (image == 7).all()

@@ -5,8 +5,8 @@ import pytest
 from loupe.evaluation.promotion import decide_promotion
 
 
-def decide(challenger, champion, floor=0.6, margin=0.0):
-    return decide_promotion("accuracy", challenger, champion, floor, margin)
+def decide(challenger, champion, floor=0.6, margin=0.0, flaw=None):
+    return decide_promotion("accuracy", challenger, champion, floor, margin, flaw)
 
 
 def test_the_first_model_above_the_floor_is_promoted():
@@ -50,3 +50,14 @@ def test_the_margin_must_be_surpassed(challenger, promoted):
     decision = decide(challenger, 0.7, margin=0.05)
     assert decision.promoted == promoted
     assert "the champion's 0.7000 on the same images plus the margin of 0.05" in decision.reason
+
+
+@pytest.mark.parametrize("champion", [None, 0.1])
+def test_a_model_with_a_flaw_is_never_promoted_and_the_flaw_is_said(champion):
+    decision = decide(0.9, champion, flaw="its export says otherwise of 3 images")
+    assert not decision.promoted
+    assert decision.reason == "accuracy 0.9000 does not count, as its export says otherwise of 3 images"
+
+
+def test_a_figure_below_the_floor_is_the_first_reason():
+    assert decide(0.5, None, flaw="its export says otherwise").reason == "accuracy 0.5000 is below the floor of 0.6"

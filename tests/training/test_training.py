@@ -2,14 +2,26 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
+from torch.nn import functional as F
 
 from loupe.data.loading import PreparedDataset
+from loupe.errors import ConfigError
 from loupe.models.classifiers import ClassifierConfig, build_classifier, predict_probabilities
 from loupe.models.detectors.autoencoder import Autoencoder, AutoencoderConfig, compute_scores
 from loupe.models.files import load_weights
-from loupe.training.classifier import FineTuning, compute_targets, fine_tune
+from loupe.models.optimization import build_optimizer, check_optimizer
+from loupe.training.checkpoints import SafetensorsIO, read_epoch
+from loupe.training.classifier import (
+    RECIPES,
+    ClassifierTraining,
+    Recipe,
+    compute_features,
+    compute_targets,
+    train_network,
+)
 from loupe.training.detector import Reconstruction, train_autoencoder
-from loupe.training.trainer import choose_batch_size, choose_epochs
+from loupe.training.trainer import Schedule, choose_batch_size, choose_epochs
 
 NUM_IMAGES = 48
 
@@ -24,35 +36,64 @@ def bright_and_dark():
     return PreparedDataset(images, np.arange(NUM_IMAGES), targets, None, seed=0)
 
 
-def train_small_classifier(dataset, folder, epochs=2):
+def build(channels=3, **options):
     torch.manual_seed(0)
-    config = ClassifierConfig("test_efficientnet", ["dark", "bright"], (32, 32), (32, 32), (0.5,) * 3, (0.5,) * 3)
-    classifier = build_classifier(config, "none")
-    recipe = FineTuning(3, 0.01, epochs, 16, 0.005, 0.01, 0.1, 5, adapts_batch_norm=True)
-    seen = []
+    statistics = (0.5,) * channels
+    config = ClassifierConfig("test_efficientnet", ["dark", "bright"], (32, 32), (32, 32), statistics, statistics)
+    return build_classifier(config, "none", **options)
+
+
+def recipe_of(name="fine_tuned", epochs=2, patience=5, **knobs):
+    plain = {
+        "steps": RECIPES[name],
+        "schedule": Schedule(epochs, patience, "32-true"),
+        "batch_size": 16,
+        "optimizer": "adamw",
+        "learning_rate": 0.005,
+        "layer_decay": 1.0,
+        "rate_schedule": "one_cycle",
+        "weight_decay": 0.01,
+        "l1": 0.0,
+        "label_smoothing": 0.1,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "ema_decay": 0.0,
+        "balances_classes": False,
+        "adapts_batch_norm": True,
+        "compiles": False,
+    }
+    return Recipe(**(plain | knobs))
+
+
+def train(dataset, folder, recipe, report=lambda epoch, metrics: None, **options):
     folder.mkdir(exist_ok=True)
-    history = fine_tune(
-        classifier, dataset, dataset, recipe, folder, lambda epoch, metrics: seen.append((epoch, metrics))
-    )
-    return classifier, history, seen
+    classifier = build(**options)
+    return classifier, train_network(classifier, dataset, dataset, recipe, folder, report)
 
 
-def test_fine_tuning_learns_what_can_be_learnt(bright_and_dark, tmp_path):
-    classifier, _, _ = train_small_classifier(bright_and_dark, tmp_path, epochs=6)
-    images = torch.from_numpy(bright_and_dark.images).permute(0, 3, 1, 2)
+def compute_accuracy(classifier, dataset):
+    images = torch.from_numpy(dataset.images).permute(0, 3, 1, 2)
     predicted = predict_probabilities(classifier.eval(), images).argmax(dim=1)
-    assert (predicted == bright_and_dark.targets).float().mean() > 0.9
+    return (predicted == dataset.targets).float().mean()
 
 
-def test_epochs_of_the_second_phase_count_on_from_the_first(bright_and_dark, tmp_path):
-    _, history, seen = train_small_classifier(bright_and_dark, tmp_path)
-    assert [epoch for epoch, _ in seen] == [0, 1, 2, 3, 4]
-    assert list(history.to_table()["epoch"]) == [0, 1, 2, 3, 4]
-    assert all({"train/loss", "val/loss", "val/accuracy", "learning_rate"} <= set(metrics) for _, metrics in seen)
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_learns_what_can_be_learnt(bright_and_dark, tmp_path, name):
+    classifier, _ = train(bright_and_dark, tmp_path, recipe_of(name, epochs=6))
+    assert compute_accuracy(classifier, bright_and_dark) > 0.9
+
+
+@pytest.mark.parametrize(("name", "epochs"), [("features", [0]), ("scratch", [0, 1]), ("fine_tuned", [0, 1, 2])])
+def test_a_head_on_frozen_features_is_epoch_0_and_the_whole_network_counts_on(bright_and_dark, tmp_path, name, epochs):
+    told = []
+    _, history = train(bright_and_dark, tmp_path, recipe_of(name), lambda epoch, metrics: told.append((epoch, metrics)))
+    assert [epoch for epoch, _ in told] == epochs
+    assert list(history.to_table()["epoch"]) == epochs
+    assert all({"train/loss", "val/loss", "val/accuracy"} <= set(metrics) for _, metrics in told)
 
 
 def test_the_best_epoch_is_the_one_with_the_lowest_val_loss_and_its_weights_are_kept(bright_and_dark, tmp_path):
-    classifier, history, _ = train_small_classifier(bright_and_dark, tmp_path)
+    classifier, history = train(bright_and_dark, tmp_path, recipe_of())
     assert history.best_epoch == history.to_table()["val/loss"].argmin()
     kept = {key: value.clone() for key, value in classifier.state_dict().items()}
     load_weights(classifier, tmp_path / "model.safetensors")
@@ -60,31 +101,132 @@ def test_the_best_epoch_is_the_one_with_the_lowest_val_loss_and_its_weights_are_
     assert (tmp_path / "last.safetensors").exists()
 
 
-def test_the_same_seed_gives_the_same_losses(bright_and_dark, tmp_path):
-    _, first, _ = train_small_classifier(bright_and_dark, tmp_path / "a")
-    _, second, _ = train_small_classifier(bright_and_dark, tmp_path / "b")
-    pd.testing.assert_frame_equal(first.to_table(), second.to_table())
-
-
-def test_without_a_second_phase_the_backbone_stays_as_it_was(bright_and_dark, tmp_path):
-    torch.manual_seed(0)
-    config = ClassifierConfig("test_efficientnet", ["dark", "bright"], (32, 32), (32, 32), (0.5,) * 3, (0.5,) * 3)
-    untouched = build_classifier(config, "none")
-    classifier, _, _ = train_small_classifier(bright_and_dark, tmp_path, epochs=0)
+def test_a_head_alone_leaves_the_backbone_as_it_was(bright_and_dark, tmp_path):
+    untouched = build()
+    classifier, _ = train(bright_and_dark, tmp_path, recipe_of("features"))
     heads = {name for name, _ in classifier.named_parameters() if "classifier" in name}
     before, after = untouched.state_dict(), classifier.state_dict()
     assert {key for key in after if not torch.equal(before[key], after[key])} == heads
 
 
+def test_a_head_gives_what_scikit_learn_gives(bright_and_dark, tmp_path):
+    classifier, history = train(bright_and_dark, tmp_path, recipe_of("features"))
+    features, targets = compute_features(classifier, bright_and_dark)
+    penalty = history.rows[0]["head_penalty"]
+    expected = LogisticRegression(C=penalty / NUM_IMAGES, max_iter=100).fit(features, targets).predict_proba(features)
+    images = torch.from_numpy(bright_and_dark.images).permute(0, 3, 1, 2)
+    np.testing.assert_allclose(predict_probabilities(classifier.eval(), images), expected, atol=1e-4)
+
+
 def test_pretrained_statistics_stay_where_batch_norm_must_not_adapt(bright_and_dark, tmp_path):
-    config = ClassifierConfig("test_efficientnet", ["dark", "bright"], (32, 32), (32, 32), (0.5,) * 3, (0.5,) * 3)
-    classifier = build_classifier(config, "none")
-    before = {key: value.clone() for key, value in classifier.named_buffers() if "running" in key}
-    recipe = FineTuning(1, 0.01, 1, 16, 0.005, 0.01, 0.1, 5, adapts_batch_norm=False)
-    fine_tune(classifier, bright_and_dark, bright_and_dark, recipe, tmp_path, lambda *_: None)
+    before = {key: value.clone() for key, value in build().named_buffers() if "running" in key}
+    classifier, _ = train(bright_and_dark, tmp_path, recipe_of(epochs=1, adapts_batch_norm=False))
     load_weights(classifier, tmp_path / "last.safetensors")
     after = dict(classifier.named_buffers())
     assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+KNOBS = [
+    {},
+    {"rate_schedule": "cosine", "mixup": 0.2, "cutmix": 1.0},
+    {"rate_schedule": "plateau", "ema_decay": 0.9, "optimizer": "sgd"},
+    {"layer_decay": 0.8, "balances_classes": True, "l1": 1e-5},
+]
+
+
+@pytest.mark.parametrize("knobs", KNOBS, ids=lambda knobs: " ".join(knobs) or "plain")
+def test_the_same_seed_gives_the_same_losses(bright_and_dark, tmp_path, knobs):
+    tables = [train(bright_and_dark, tmp_path / name, recipe_of(**knobs))[1].to_table() for name in "ab"]
+    pd.testing.assert_frame_equal(*tables)
+
+
+@pytest.mark.parametrize("knobs", KNOBS, ids=lambda knobs: " ".join(knobs) or "plain")
+def test_a_stopped_training_goes_on_and_ends_as_if_it_had_never_stopped(bright_and_dark, tmp_path, knobs):
+    recipe = recipe_of(epochs=4, **knobs)
+
+    def stop(epoch, metrics):
+        if epoch == 3:
+            raise KeyboardInterrupt
+
+    whole, expected = train(bright_and_dark, tmp_path / "whole", recipe, drop_rate=0.3)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train(bright_and_dark, tmp_path / "stopped", recipe, stop, drop_rate=0.3)
+    told = []
+    resumed, history = train(
+        bright_and_dark, tmp_path / "stopped", recipe, lambda epoch, _: told.append(epoch), drop_rate=0.3
+    )
+    assert told == [0, 1, 2, 3, 4]
+    pd.testing.assert_frame_equal(history.to_table(), expected.to_table())
+    for name in ("model.safetensors", "last.safetensors"):
+        load_weights(whole, tmp_path / "whole" / name)
+        load_weights(resumed, tmp_path / "stopped" / name)
+        assert all(torch.equal(one, whole.state_dict()[key]) for key, one in resumed.state_dict().items())
+
+
+def test_the_order_of_images_goes_on_after_a_stop_with_workers_too(bright_and_dark, tmp_path, monkeypatch):
+    monkeypatch.setattr("loupe.training.classifier.choose_num_workers", lambda: 2)
+    recipe = recipe_of("scratch", epochs=3)
+    _, expected = train(bright_and_dark, tmp_path / "whole", recipe)
+
+    def stop(epoch, metrics):
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train(bright_and_dark, tmp_path / "stopped", recipe, stop)
+    _, history = train(bright_and_dark, tmp_path / "stopped", recipe)
+    pd.testing.assert_frame_equal(history.to_table(), expected.to_table())
+
+
+def test_a_moving_average_is_what_is_validated_and_kept(bright_and_dark, tmp_path):
+    classifier, history = train(bright_and_dark, tmp_path / "averaged", recipe_of("scratch", ema_decay=0.5))
+    images = torch.from_numpy(bright_and_dark.images).permute(0, 3, 1, 2)
+    loss = F.nll_loss(predict_probabilities(classifier.eval(), images).log(), bright_and_dark.targets)
+    assert float(loss) == pytest.approx(history.best_loss, rel=1e-3)
+    other, _ = train(bright_and_dark, tmp_path / "none", recipe_of("scratch"))
+    assert not torch.equal(classifier.head.weight, other.head.weight)
+
+
+def test_l1_makes_weights_smaller(bright_and_dark, tmp_path):
+    sums = []
+    for l1 in (0.0, 0.01):
+        classifier, _ = train(bright_and_dark, tmp_path / str(l1), recipe_of("scratch", epochs=3, l1=l1))
+        load_weights(classifier, tmp_path / str(l1) / "last.safetensors")
+        sums.append(sum(float(one.detach().abs().sum()) for one in classifier.parameters() if one.ndim > 1))
+    assert sums[1] < 0.9 * sums[0]
+
+
+def test_rates_decay_from_the_head_down():
+    backbone = build().backbone
+    optimizer = build_optimizer(backbone, "adamw", 0.01, 0.0, 0.5)
+    rates = {id(one): group["lr"] for group in optimizer.param_groups for one in group["params"]}
+    assert rates[id(backbone.get_classifier().weight)] == 0.01
+    assert rates[id(backbone.conv_stem.weight)] < 0.001
+
+
+def test_an_unknown_optimizer_is_answered_with_the_nearest_names():
+    with pytest.raises(ConfigError, match=r"timm has no optimizer 'adanw2'; nearest names: adanw"):
+        check_optimizer("adanw2")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPU: can't allocate memory")])
+def test_a_batch_that_does_not_fit_is_answered_with_what_to_lower(bright_and_dark, tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(ClassifierTraining, "training_step", fail)
+    with pytest.raises(ConfigError, match="batches of 16 images don't fit the memory: lower the batch_size"):
+        train(bright_and_dark, tmp_path, recipe_of("scratch"))
+
+
+def test_checkpoints_bring_back_what_was_put_in(tmp_path):
+    tree = {"epoch": 3, "state": {0: {"step": torch.tensor(2.0), "rates": [0.1, None, True]}}, "empty": {}}
+    SafetensorsIO().save_checkpoint(tree, tmp_path / "checkpoint.safetensors")
+    loaded = SafetensorsIO().load_checkpoint(tmp_path / "checkpoint.safetensors")
+    assert loaded == tree
+    assert list(loaded["state"]) == [0]
+    assert read_epoch(tmp_path / "checkpoint.safetensors") == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
 
 
 def test_an_autoencoder_scores_what_it_never_saw_higher(bright_and_dark, tmp_path):
@@ -92,7 +234,9 @@ def test_an_autoencoder_scores_what_it_never_saw_higher(bright_and_dark, tmp_pat
     half = NUM_IMAGES // 2
     dark = PreparedDataset(bright_and_dark.images, np.arange(half), np.zeros(half, np.int64), None, seed=0)
     autoencoder = Autoencoder(AutoencoderConfig(3, 4, 2, (32, 32), (32, 32)))
-    train_autoencoder(autoencoder, dark, dark, Reconstruction(8, 8, 0.01, 8), tmp_path, lambda *_: None)
+    train_autoencoder(
+        autoencoder, dark, dark, Reconstruction(Schedule(8, 8, "32-true"), 8, 0.01), tmp_path, lambda *_: None
+    )
     scores = compute_scores(autoencoder.eval(), torch.from_numpy(bright_and_dark.images).permute(0, 3, 1, 2))
     assert scores[half:].min() > scores[:half].max()
 
@@ -107,7 +251,14 @@ def test_lightning_tells_the_sampler_each_epoch_so_that_none_augments_like_anoth
 
     watched = Watched(bright_and_dark.images, bright_and_dark.rows, np.zeros(NUM_IMAGES, np.int64), None, seed=0)
     autoencoder = Autoencoder(AutoencoderConfig(3, 4, 2, (32, 32), (32, 32)))
-    train_autoencoder(autoencoder, watched, bright_and_dark, Reconstruction(3, 24, 0.01, 8), tmp_path, lambda *_: None)
+    train_autoencoder(
+        autoencoder,
+        watched,
+        bright_and_dark,
+        Reconstruction(Schedule(3, 8, "32-true"), 24, 0.01),
+        tmp_path,
+        lambda *_: None,
+    )
     assert epochs == [{0}, {0}, {1}, {1}, {2}, {2}]
 
 

@@ -74,6 +74,10 @@ class PreparedDataset(Dataset[Batch]):
         batch = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
         return batch, self.targets[torch.from_numpy(positions)]
 
+    def without_augmentation(self) -> "PreparedDataset":
+        """The same images as they are."""
+        return PreparedDataset(self.images, self.rows, self.targets.numpy(), None, self.seed)
+
 
 class ResidentDataset(Dataset[Batch]):
     """Images that need no augmentation, whole on one device: a batch is picked there, and nothing is copied to it."""

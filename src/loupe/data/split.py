@@ -193,7 +193,7 @@ def compute_tasks(manifest: pd.DataFrame, splits: pd.DataFrame, normal_labels: S
     """Decide what to train: a classifier on two or more classes, a detector where there is a normal class.
 
     Raises:
-        DataError: if there is nothing to train on.
+        DataError: if there is nothing to train on, or a class is missing from val or test.
     """
     rows = manifest.merge(splits, on="image_id")
     labels = sorted(rows.loc[rows["split"].eq("train"), "label"].unique())
@@ -202,6 +202,8 @@ def compute_tasks(manifest: pd.DataFrame, splits: pd.DataFrame, normal_labels: S
     normal_label = next((label for label in normal_labels if label in labels), None)
     anomalous = rows["split"].eq("test") & rows["label"].ne(str(normal_label))
     few = len(labels) < 2
+    if not few:
+        _check_no_class_is_missing(rows, labels)
     no_detector = None
     if normal_label is None:
         no_detector = f"none of split.normal_labels ({', '.join(normal_labels)}) is among the training classes"
@@ -213,6 +215,16 @@ def compute_tasks(manifest: pd.DataFrame, splits: pd.DataFrame, normal_labels: S
         no_classifier_because=f"there is one class to train on ({labels[0]})" if few else None,
         no_detector_because=no_detector,
     )
+
+
+def _check_no_class_is_missing(rows: pd.DataFrame, labels: Sequence[str]) -> None:
+    for split in ("val", "test"):
+        missing = sorted(set(labels) - set(rows.loc[rows["split"].eq(split), "label"]))
+        if missing:
+            raise DataError(
+                f"{split} has no image of {', '.join(map(repr, missing))}: every class that is trained on must be "
+                "in val and test; add images there, or remove the class"
+            )
 
 
 def load_tasks(path: Path) -> Tasks:

@@ -108,8 +108,14 @@ class Classifier(nn.Module):
         return logits
 
 
-def build_classifier(config: ClassifierConfig, weights: str) -> Classifier:
+def build_classifier(
+    config: ClassifierConfig, weights: str, *, drop_rate: float = 0.0, drop_path: float = 0.0
+) -> Classifier:
     """A pretrained backbone with a new head of as many outputs as there are labels.
+
+    Args:
+        drop_rate: part of the features that training drops before the head.
+        drop_path: part of the residual branches that training leaves out, where the backbone has them.
 
     Raises:
         WeightsError: if the backbone or its weights can't be had.
@@ -117,6 +123,8 @@ def build_classifier(config: ClassifierConfig, weights: str) -> Classifier:
     """
     check_input_size(config.backbone, *config.size, config.channels)
     options = build_options(config.backbone, config.size, config.channels)
+    options |= {"drop_rate": drop_rate} if drop_rate else {}
+    options |= {"drop_path_rate": drop_path} if drop_path else {}
     backbone = build_backbone(config.backbone, weights, **options)
     backbone.reset_classifier(len(config.labels))  # type: ignore[operator]
     return Classifier(config, backbone)

@@ -32,6 +32,7 @@ def _build_environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["thousands"] = "{:,}".format
+    environment.filters["percent"] = "{:.1%}".format
     return environment
 
 

@@ -12,6 +12,7 @@ QUALITY = Path("data/ingest/quality.parquet")
 MASKS = Path("data/ingest/masks.parquet")
 QUARANTINE = Path("data/ingest/quarantine.parquet")
 FACTS_MEMORY = Path("data/memory/facts.parquet")  # no out: what an earlier run decoded
+TRAINING_MEMORY = Path("data/memory/training")  # no out: what a stopped training goes on from
 VALIDATION = Path("reports/validation.json")
 WORST_IMAGES = Path("reports/worst_images.png")
 DATA_REPORT = Path("reports/data.html")

@@ -11,6 +11,7 @@ from loupe.data.manifest import load_table
 from loupe.data.prepare import choose_classifier_geometry, choose_detector_geometry, prepare_images
 from loupe.data.split import Tasks, load_tasks
 from loupe.models.classifiers import get_data_config
+from loupe.models.input_size import check_input_size
 from loupe.stages.entry import run_stage, save_json
 from loupe.stages.files import MANIFEST, PREPARED, SKIPPED, SPLITS, TASKS
 
@@ -26,6 +27,8 @@ def prepare(params: Params) -> None:
             continue
         chosen = _choose_rows(rows, task, tasks)
         geometry = _choose_geometry(params, task, chosen)
+        if task == "classifier":
+            check_input_size(params.train_classifier.backbone, geometry.input_height, geometry.input_width, 3)
         prepare_images(Path(params.ingest.source), chosen, geometry, PREPARED / task)
         log.info(
             "%s: %d images kept as %d x %d x %d, seen by the model at %d x %d (%s)",

@@ -1,6 +1,8 @@
 """What both trainings record: parameters, data, contact sheet and model in MLflow; history and run for DVC."""
 
+import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,6 +23,7 @@ from loupe.stages.files import (
     PREPARED,
     RUN,
     SPLITS,
+    TRAINING_MEMORY,
     VALIDATION,
     WORST_IMAGES,
     DataSet,
@@ -28,15 +31,15 @@ from loupe.stages.files import (
 )
 from loupe.tracking.registry import log_model
 from loupe.tracking.runs import connect, log_dataset, log_results, start_run
-from loupe.training.classifier import FineTuning
+from loupe.training.classifier import Recipe
 from loupe.training.detector import Reconstruction
-from loupe.training.trainer import History
+from loupe.training.trainer import LAST, History
 
 NUM_EXAMPLES = 2  # one alone could freeze a batch size of one into a model
 
 
 @contextmanager
-def record_training(task: str, params: Params, recipe: FineTuning | Reconstruction) -> Iterator[str]:
+def record_training(task: str, params: Params, recipe: Recipe | Reconstruction) -> Iterator[str]:
     """An MLflow run around one training of `task`; gives its id. `recipe` says what `auto` became."""
     data_set = load_data_set()
     client = connect(data_set.name)
@@ -48,6 +51,26 @@ def record_training(task: str, params: Params, recipe: FineTuning | Reconstructi
         augmented = [AUGMENT / task / CONTACT_SHEET, AUGMENT / task / POLICY]
         log_results(client, run_id, files=[*augmented, VALIDATION, WORST_IMAGES, DATA_REPORT])
         yield run_id
+
+
+@contextmanager
+def open_memory(task: str, facts: Mapping[str, Any]) -> Iterator[Path]:
+    """A folder for what a training keeps while it runs, so that one that was stopped goes on.
+
+    It belongs to these facts, the prepared images and the policy: where any of them differs, it is another and new one,
+    and the old is removed. When the training ends well, its last weights go to the model's folder.
+    """
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for path in (PREPARED / task / "index.parquet", PREPARED / task / "geometry.json", AUGMENT / task / POLICY):
+        digest.update(path.read_bytes())
+    memory = TRAINING_MEMORY / task / digest.hexdigest()[:16]
+    for old in (TRAINING_MEMORY / task).glob("*"):
+        if old != memory:
+            shutil.rmtree(old)
+    memory.mkdir(parents=True, exist_ok=True)
+    yield memory
+    (memory / LAST).replace(MODELS / task / LAST)
+    shutil.rmtree(memory)
 
 
 def finish_recording(task: str, run_id: str, history: History) -> None:

@@ -1,6 +1,7 @@
-"""Fine-tune the classifier, and record it: a folder for DVC, a run and a logged model for MLflow."""
+"""Train the classifier by its recipe, and record it: a folder for DVC, a run and a logged model for MLflow."""
 
 import logging
+from dataclasses import asdict
 
 import torch
 from pytorch_lightning import seed_everything
@@ -18,13 +19,14 @@ from loupe.models.classifiers import (
     get_data_config,
     save_classifier,
 )
+from loupe.models.optimization import check_optimizer
 from loupe.models.weights import describe_source
 from loupe.stages.entry import run_stage, save_json
 from loupe.stages.files import MODELS, PREPARED, SKIPPED, TASKS
-from loupe.stages.recording import finish_recording, load_policy, record_training
+from loupe.stages.recording import finish_recording, load_policy, open_memory, record_training
 from loupe.tracking.runs import log_epoch
-from loupe.training.classifier import FineTuning, compute_targets, fine_tune
-from loupe.training.trainer import choose_batch_size, choose_epochs
+from loupe.training.classifier import RECIPES, Recipe, compute_targets, train_network
+from loupe.training.trainer import Schedule, choose_batch_size, choose_epochs, choose_precision
 
 # On two CPU cores the default backbone trains at about 0.9 million pixels a second: three minutes and a half.
 BUDGET_PIXELS = 180e6
@@ -42,31 +44,41 @@ def train_classifier(params: Params) -> None:
     if tasks.no_classifier_because:
         save_json({"reason": tasks.no_classifier_because}, FOLDER / SKIPPED)
         return
+    check_optimizer(section.optimizer)
     seed_everything(params.seed, workers=True, verbose=False)
-    prepared = load_prepared(PREPARED / "classifier")
-    classifier = build_classifier(_build_config(section, prepared, tasks.labels), section.weights)
+    prepared, weights = load_prepared(PREPARED / "classifier"), _choose_weights(section)
+    config = _build_config(section, weights, prepared, tasks.labels)
+    classifier = build_classifier(config, weights, drop_rate=section.drop_rate, drop_path=section.drop_path)
     recipe = _choose_recipe(section, prepared)
-    with record_training("classifier", params, recipe) as run_id:
-        history = fine_tune(
+    facts = {"config": asdict(config), "recipe": asdict(recipe), "weights": weights, "seed": params.seed}
+    with record_training("classifier", params, recipe) as run_id, open_memory("classifier", facts) as memory:
+        history = train_network(
             classifier,
             _build_dataset(prepared, "train", tasks.labels, params.seed),
             _build_dataset(prepared, "val", tasks.labels, params.seed),
             recipe,
-            FOLDER,
+            memory,
             log_epoch,
         )
         extra = {
             "geometry": prepared.geometry.to_json(),
             "best_epoch": history.best_epoch,
-            "weights": describe_source(section.backbone, section.weights),
+            "recipe": section.recipe,
+            "weights": describe_source(section.backbone, weights),
         }
         save_classifier(classifier, extra, FOLDER)
         finish_recording("classifier", run_id, history)
 
 
-def _build_config(section: Section, prepared: Prepared, labels: list[str]) -> ClassifierConfig:
+def _choose_weights(section: Section) -> str:
+    if section.weights != "auto":
+        return section.weights
+    return "none" if section.recipe.startswith("scratch") else "package"
+
+
+def _build_config(section: Section, weights: str, prepared: Prepared, labels: list[str]) -> ClassifierConfig:
     geometry = prepared.geometry
-    channels = choose_channels(section.backbone, section.weights, geometry.channels)
+    channels = choose_channels(section.backbone, weights, geometry.channels)
     pretrained = get_data_config(section.backbone).fit_channels(channels)
     return ClassifierConfig(
         backbone=section.backbone,
@@ -79,33 +91,56 @@ def _build_config(section: Section, prepared: Prepared, labels: list[str]) -> Cl
     )
 
 
-def _choose_recipe(section: Section, prepared: Prepared) -> FineTuning:
+def _choose_recipe(section: Section, prepared: Prepared) -> Recipe:
+    """What stands at `auto` follows from the number of images and their size."""
     num_images = len(prepared.rows_of("train"))
     height, width = prepared.geometry.input_height, prepared.geometry.input_width
     epochs = choose_epochs(num_images, height * width, BUDGET_PIXELS, LEAST_EPOCHS, MOST_EPOCHS)
-    learning_rate = LARGE_LEARNING_RATE if num_images >= MANY_IMAGES else SMALL_LEARNING_RATE
-    recipe = FineTuning(
-        head_epochs=section.head_epochs,
-        head_learning_rate=section.head_learning_rate,
-        epochs=epochs if section.epochs == "auto" else section.epochs,
+    is_many = num_images >= MANY_IMAGES or section.recipe.startswith("scratch")
+    learning_rate = LARGE_LEARNING_RATE if is_many else SMALL_LEARNING_RATE
+    recipe = Recipe(
+        steps=RECIPES[section.recipe],
+        schedule=Schedule(
+            epochs=epochs if section.epochs == "auto" else section.epochs,
+            patience=section.patience,
+            precision=choose_precision() if section.precision == "auto" else section.precision,
+            accumulate=section.accumulate,
+            gradient_clip=section.gradient_clip,
+        ),
         batch_size=choose_batch_size(num_images) if section.batch_size == "auto" else section.batch_size,
         learning_rate=learning_rate if section.learning_rate == "auto" else section.learning_rate,
-        weight_decay=section.weight_decay,
-        label_smoothing=section.label_smoothing,
-        patience=section.patience,
-        adapts_batch_norm=num_images >= MANY_IMAGES,
+        rate_schedule=section.schedule,
+        balances_classes=section.class_weights == "balanced",
+        adapts_batch_norm=is_many,
+        compiles=section.compile,
+        **section.model_dump(
+            include={
+                "optimizer",
+                "layer_decay",
+                "weight_decay",
+                "l1",
+                "label_smoothing",
+                "mixup",
+                "cutmix",
+                "ema_decay",
+            }
+        ),
     )
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    log.info("%s on %s: %d images at %d x %d", section.backbone, device, num_images, height, width)
-    log.info(
-        "%d epochs of the head, %d of the whole, batches of %d, learning rate %g, batch norm %s",
-        recipe.head_epochs,
-        recipe.epochs,
-        recipe.batch_size,
-        recipe.learning_rate,
-        "adapts" if recipe.adapts_batch_norm else "keeps its statistics",
-    )
+    _tell(section, recipe, num_images, f"{height} x {width}")
     return recipe
+
+
+def _tell(section: Section, recipe: Recipe, num_images: int, size: str) -> None:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    log.info("%s of %s on %s: %d images at %s", section.recipe, section.backbone, device, num_images, size)
+    if recipe.steps.whole:
+        log.info(
+            "%d epochs at most, batches of %d, learning rate %g, batch norm %s",
+            recipe.schedule.epochs,
+            recipe.batch_size,
+            recipe.learning_rate,
+            "adapts" if recipe.adapts_batch_norm else "keeps its statistics",
+        )
 
 
 def _build_dataset(prepared: Prepared, split: str, labels: list[str], seed: int) -> PreparedDataset:

@@ -1,6 +1,7 @@
 """Train the autoencoder on normal images, set its threshold from normal calibration images, and record it."""
 
 import logging
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -18,10 +19,10 @@ from loupe.evaluation.thresholds import compute_threshold
 from loupe.models.detectors.autoencoder import Autoencoder, AutoencoderConfig, compute_scores, save_autoencoder
 from loupe.stages.entry import run_stage, save_json
 from loupe.stages.files import MODELS, PREPARED, SKIPPED, TASKS
-from loupe.stages.recording import finish_recording, load_policy, record_training
+from loupe.stages.recording import finish_recording, load_policy, open_memory, record_training
 from loupe.tracking.runs import log_epoch
 from loupe.training.detector import Reconstruction, train_autoencoder
-from loupe.training.trainer import choose_batch_size, choose_epochs
+from loupe.training.trainer import Schedule, choose_batch_size, choose_epochs, choose_precision
 
 BUDGET_PIXELS = 100e6  # under a minute on two CPU cores
 LEAST_EPOCHS, MOST_EPOCHS = 30, 60
@@ -37,15 +38,16 @@ def train_detector(params: Params) -> None:
         return
     seed_everything(params.seed, workers=True, verbose=False)
     prepared = load_prepared(PREPARED / "detector")
-    autoencoder = Autoencoder(_build_config(section, prepared))
-    recipe = _choose_recipe(section, prepared)
-    with record_training("detector", params, recipe) as run_id:
+    config = _build_config(section, prepared)
+    autoencoder, recipe = Autoencoder(config), _choose_recipe(section, prepared)
+    facts = {"config": asdict(config), "recipe": asdict(recipe), "seed": params.seed}
+    with record_training("detector", params, recipe) as run_id, open_memory("detector", facts) as memory:
         history = train_autoencoder(
             autoencoder,
             _build_dataset(prepared, "train", params.seed),
             _build_dataset(prepared, "val", params.seed),
             recipe,
-            FOLDER,
+            memory,
             log_epoch,
         )
         threshold = _calibrate(autoencoder, prepared, section.false_alarm_rate)
@@ -76,17 +78,20 @@ def _choose_recipe(section: Section, prepared: Prepared) -> Reconstruction:
     pixels = prepared.geometry.input_height * prepared.geometry.input_width
     epochs = choose_epochs(num_images, pixels, BUDGET_PIXELS, LEAST_EPOCHS, MOST_EPOCHS)
     recipe = Reconstruction(
-        epochs=epochs if section.epochs == "auto" else section.epochs,
+        schedule=Schedule(
+            epochs=epochs if section.epochs == "auto" else section.epochs,
+            patience=section.patience,
+            precision=choose_precision(),
+        ),
         batch_size=choose_batch_size(num_images) if section.batch_size == "auto" else section.batch_size,
         learning_rate=section.learning_rate,
-        patience=section.patience,
     )
     log.info(
         "autoencoder: %d normal images at %d x %d, %d epochs at most, batches of %d",
         num_images,
         prepared.geometry.input_height,
         prepared.geometry.input_width,
-        recipe.epochs,
+        recipe.schedule.epochs,
         recipe.batch_size,
     )
     return recipe

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +19,14 @@ from filelock import FileLock
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.data.pandas_dataset import from_pandas
+from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from loupe.errors import TrackingError
 
 SYSTEM_METRICS_SECONDS = 5
+MOST_IN_A_BATCH = 1000  # metrics, by MLflow's own limit
+ARTIFACT_FOLDERS = {".png": "pictures", ".onnx": "exported", ".data": "exported"}  # by suffix; others are results
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # otherwise the page shows chats and prompts
 
 
@@ -99,12 +103,14 @@ def log_results(
     files: Sequence[Path] = (),
 ) -> None:
     """Add figures, pictures and files to a run, which may have finished."""
-    for name, value in (metrics or {}).items():
-        client.log_metric(run_id, name, value)
+    now = int(time.time() * 1000)
+    points = [Metric(name, value, now, 0) for name, value in (metrics or {}).items()]
+    for start in range(0, len(points), MOST_IN_A_BATCH):
+        client.log_batch(run_id, points[start : start + MOST_IN_A_BATCH])
     for name, figure in (figures or {}).items():
         client.log_figure(run_id, figure, f"pictures/{name}.png")
     for path in files:
-        client.log_artifact(run_id, str(path), "pictures" if path.suffix == ".png" else "results")
+        client.log_artifact(run_id, str(path), ARTIFACT_FOLDERS.get(path.suffix, "results"))
 
 
 def _describe_code() -> dict[str, str]:

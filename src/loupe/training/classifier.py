@@ -1,156 +1,296 @@
-"""Fine-tuning a pretrained classifier: the new head on the frozen backbone, then the whole at a smaller rate."""
+"""Training a classifier by a recipe: a head on frozen features, the whole network, or one after the other."""
 
 import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from jaxtyping import Float, Int64
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, log_loss
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.transforms import v2
 
-from loupe.data.loading import Batch, PreparedDataset, build_loader
+from loupe.data.loading import PreparedDataset, build_loader
 from loupe.models.classifiers import Classifier
 from loupe.models.files import WEIGHTS, load_weights
-from loupe.training.trainer import History, Report, build_one_cycle, build_trainer, choose_num_workers
+from loupe.models.optimization import build_optimizer
+from loupe.training.trainer import (
+    CHECKPOINT,
+    History,
+    Report,
+    Schedule,
+    build_cosine,
+    build_one_cycle,
+    choose_num_workers,
+    fit,
+)
 
-HEAD_BATCH_SIZE = 64
+# Inverse strengths of the head's L2 penalty, times the number of images: on photos and on clothes alike val chose 100.
+PENALTIES = (10.0, 100.0, 1_000.0, 10_000.0)
+MAX_ITERATIONS = 100
+NUM_AUGMENTED = 4  # augmented versions of each image whose features a head learns from
 
 log = logging.getLogger(__name__)
 
+RecipeName = Literal["scratch", "scratch_augmented", "features", "features_augmented", "fine_tuned"]
+
+
+class Steps(NamedTuple):
+    """What a recipe does: a head on frozen features, the whole network, and whether images are augmented."""
+
+    head: bool
+    whole: bool
+    augments: bool
+
+
+RECIPES: dict[RecipeName, Steps] = {
+    "scratch": Steps(head=False, whole=True, augments=False),
+    "scratch_augmented": Steps(head=False, whole=True, augments=True),
+    "features": Steps(head=True, whole=False, augments=False),
+    "features_augmented": Steps(head=True, whole=False, augments=True),
+    "fine_tuned": Steps(head=True, whole=True, augments=True),
+}
+
 
 @dataclass(frozen=True)
-class FineTuning:
-    """How to train. Learning rates are peaks of one-cycle schedules; `patience` counts epochs without progress.
+class Recipe:
+    """How the whole network is trained. `learning_rate` is the head's, and the peak of its schedule.
 
-    `adapts_batch_norm` lets the running statistics of batch normalisation follow the new images in the second phase.
+    `l1` is the weight of the sum of absolute weights in the loss; `mixup` and `cutmix` are the alphas of their beta
+    distributions, 0 for never; `ema_decay` is of the moving average of the weights, which is then what is validated
+    and kept, 0 for none. `adapts_batch_norm` lets the running statistics follow the new images.
     """
 
-    head_epochs: int
-    head_learning_rate: float
-    epochs: int
+    steps: Steps
+    schedule: Schedule
     batch_size: int
+    optimizer: str
     learning_rate: float
+    layer_decay: float
+    rate_schedule: Literal["one_cycle", "cosine", "plateau"]
     weight_decay: float
+    l1: float
     label_smoothing: float
-    patience: int
+    mixup: float
+    cutmix: float
+    ema_decay: float
+    balances_classes: bool
     adapts_batch_norm: bool
+    compiles: bool
 
 
 class ClassifierTraining(pl.LightningModule):
-    """Cross-entropy with label smoothing; validation without. A batch is inputs (images, or features) and targets."""
+    """Cross-entropy on labels that may be smoothed and mixed; validation on plain ones."""
 
-    def __init__(
-        self,
-        network: nn.Module,
-        learning_rate: float,
-        weight_decay: float,
-        label_smoothing: float,
-        adapts_batch_norm: bool = True,
-    ) -> None:
+    class_weights: Tensor
+
+    def __init__(self, classifier: Classifier, recipe: Recipe, class_weights: Float[Tensor, " num_labels"]) -> None:
         super().__init__()
-        self.adapts_batch_norm = adapts_batch_norm
-        self.network = network
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.label_smoothing = label_smoothing
+        self.classifier = classifier
+        self.recipe = recipe
+        self.register_buffer("class_weights", class_weights)
+        self.mix = _build_mix(recipe, len(class_weights))
+        average = get_ema_multi_avg_fn(recipe.ema_decay)
+        self.averaged = AveragedModel(classifier, multi_avg_fn=average, use_buffers=True) if recipe.ema_decay else None
+        self.plateau: ReduceLROnPlateau | None = None
+        self.stopped_plateau: dict[str, Any] | None = None
+
+    @property
+    def trained(self) -> Classifier:
+        """The weights that are validated and kept."""
+        if self.averaged is None:
+            return self.classifier
+        averaged: Classifier = self.averaged.module  # type: ignore[assignment]
+        return averaged
 
     def on_train_epoch_start(self) -> None:
         """Of a few images, batch statistics are noise: the pretrained ones then serve better."""
-        if not self.adapts_batch_norm:
-            for module in self.network.modules():
+        if not self.recipe.adapts_batch_norm:
+            for module in self.classifier.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
 
     def training_step(self, batch: Sequence[Tensor], batch_index: int) -> Tensor:
-        inputs, targets = batch
-        loss = F.cross_entropy(self.network(inputs), targets, label_smoothing=self.label_smoothing)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(targets))
+        images, targets = batch
+        inputs, targets = self.mix(self.classifier.preprocess(images), targets)
+        loss = F.cross_entropy(
+            self.classifier.backbone(inputs), targets, self.class_weights, label_smoothing=self.recipe.label_smoothing
+        )
+        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(images))
+        if self.recipe.l1:
+            loss = loss + self.recipe.l1 * sum(one.abs().sum() for one in self.classifier.parameters() if one.ndim > 1)
         return loss
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.classifier)
+
     def validation_step(self, batch: Sequence[Tensor], batch_index: int) -> None:
-        inputs, targets = batch
-        logits = self.network(inputs)
+        images, targets = batch
+        logits = self.trained(images).float()
         accuracy = (logits.argmax(dim=1) == targets).float().mean()
         self.log("val/loss", F.cross_entropy(logits, targets), batch_size=len(targets), prog_bar=True)
         self.log("val/accuracy", accuracy, batch_size=len(targets), prog_bar=True)
 
+    def on_train_epoch_end(self) -> None:
+        """Lightning would step this schedule after the checkpoint, which would then lack the step."""
+        if self.plateau is not None:
+            self.plateau.step(self.trainer.callback_metrics["val/loss"])
+
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay)
-        return build_one_cycle(optimizer, self.trainer)
+        recipe = self.recipe
+        optimizer = build_optimizer(
+            self.classifier.backbone, recipe.optimizer, recipe.learning_rate, recipe.weight_decay, recipe.layer_decay
+        )
+        if recipe.rate_schedule == "plateau":
+            self.plateau = ReduceLROnPlateau(optimizer, patience=max(1, recipe.schedule.patience // 3))
+            return optimizer
+        return (build_cosine if recipe.rate_schedule == "cosine" else build_one_cycle)(optimizer, self.trainer)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.plateau is not None:
+            checkpoint["plateau"] = self.plateau.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.stopped_plateau = checkpoint.get("plateau")
+
+    def on_train_start(self) -> None:
+        """The schedule exists only now."""
+        if self.plateau is not None and self.stopped_plateau is not None:
+            self.plateau.load_state_dict(self.stopped_plateau)
 
 
-def fine_tune(
+def train_network(
     classifier: Classifier,
     train: PreparedDataset,
     val: PreparedDataset,
-    recipe: FineTuning,
+    recipe: Recipe,
     folder: Path,
     report: Report,
 ) -> History:
-    """Train in two phases, and leave the classifier with the weights of its best epoch.
+    """Train by the recipe's steps, and leave the classifier with the weights of its best epoch.
 
     Args:
-        folder: gets model.safetensors, the best, and last.safetensors.
-        report: told each epoch's metrics; epochs of the second phase count on from the first.
+        folder: gets model.safetensors, the best, and last.safetensors; what a stopped training left there is gone on
+            from, so that it must belong to the same recipe and data.
+        report: told each epoch's metrics. A head on frozen features is epoch 0.
     """
+    plain = train.without_augmentation()
+    train = train if recipe.steps.augments else plain
     history = History(classifier, folder, report)
-    workers = choose_num_workers()
-    log.info("phase 1: the head alone, on features of the frozen backbone")
-    loaders = [
-        build_loader(_without_augmentation(dataset), 4 * recipe.batch_size, shuffle=False, num_workers=workers)
-        for dataset in (train, val)
-    ]
-    head_train, head_val = (_compute_features(classifier, loader) for loader in loaders)
-    head_recipe = ClassifierTraining(
-        classifier.head, recipe.head_learning_rate, recipe.weight_decay, recipe.label_smoothing
-    )
-    build_trainer(recipe.head_epochs, recipe.patience, history).fit(
-        head_recipe,
-        DataLoader(head_train, HEAD_BATCH_SIZE, shuffle=True, generator=torch.Generator().manual_seed(train.seed)),
-        DataLoader(head_val, len(head_val)),
-    )
+    if recipe.steps.head and not (folder / CHECKPOINT).exists():
+        versions = [train] * NUM_AUGMENTED if recipe.steps.augments and not recipe.steps.whole else []
+        _train_head(classifier, [plain, *versions], val, history)
+    if recipe.steps.whole:
+        _train_whole(classifier, train, val, recipe, history)
     load_weights(classifier, folder / WEIGHTS)
-    if recipe.epochs:
-        log.info("phase 2: the whole network, %d epochs at most", recipe.epochs)
-        whole = ClassifierTraining(
-            classifier,
-            recipe.learning_rate,
-            recipe.weight_decay,
-            recipe.label_smoothing,
-            recipe.adapts_batch_norm,
-        )
-        build_trainer(recipe.epochs, recipe.patience, history).fit(
-            whole,
-            build_loader(train, recipe.batch_size, shuffle=True, num_workers=workers),
-            build_loader(val, 4 * recipe.batch_size, shuffle=False, num_workers=workers),
-        )
-        load_weights(classifier, folder / WEIGHTS)
     return history
 
 
-def _without_augmentation(dataset: PreparedDataset) -> PreparedDataset:
-    return PreparedDataset(dataset.images, dataset.rows, dataset.targets.numpy(), None, dataset.seed)
+def _train_whole(
+    classifier: Classifier, train: PreparedDataset, val: PreparedDataset, recipe: Recipe, history: History
+) -> None:
+    log.info("the whole network, %d epochs at most", recipe.schedule.epochs)
+    training = ClassifierTraining(classifier, recipe, _weigh_classes(train, classifier, recipe.balances_classes))
+    history.network = training.trained
+    if recipe.compiles:
+        classifier.backbone.compile()
+    workers = choose_num_workers()
+    fit(
+        training.train(),
+        recipe.schedule,
+        history,
+        build_loader(train, recipe.batch_size, shuffle=True, num_workers=workers),
+        build_loader(val, 4 * recipe.batch_size, shuffle=False, num_workers=workers),
+        seed=train.seed,
+    )
+
+
+def _build_mix(recipe: Recipe, num_labels: int) -> Any:
+    """Mixup and cutmix, one of them a batch where both are asked for."""
+    mixes = [v2.MixUp(alpha=recipe.mixup, num_classes=num_labels)] if recipe.mixup else []
+    mixes += [v2.CutMix(alpha=recipe.cutmix, num_classes=num_labels)] if recipe.cutmix else []
+    return v2.RandomChoice(mixes) if mixes else lambda inputs, targets: (inputs, targets)
+
+
+def _weigh_classes(train: PreparedDataset, classifier: Classifier, balances: bool) -> Float[Tensor, " num_labels"]:
+    """One a class; where they are to be balanced, inversely as frequent as the class is, 1 on average."""
+    num_labels = len(classifier.config.labels)
+    if not balances:
+        return torch.ones(num_labels)
+    counts = torch.bincount(train.targets, minlength=num_labels).clamp(min=1)
+    return len(train) / (num_labels * counts.float())
+
+
+def _train_head(
+    classifier: Classifier, versions: Sequence[PreparedDataset], val: PreparedDataset, history: History
+) -> None:
+    """Logistic regression on what the frozen backbone makes of the images; it is convex, and so needs no rate.
+
+    Args:
+        versions: the training images, plain and, each time anew, augmented.
+    """
+    log.info("the head alone, on features of the frozen backbone")
+    parts = [compute_features(classifier, dataset, epoch) for epoch, dataset in enumerate(versions)]
+    features, targets = (np.concatenate(part) for part in zip(*parts, strict=True))
+    val_features, val_targets = compute_features(classifier, val)
+    best, metrics = None, {"val/loss": np.inf}
+    for penalty in PENALTIES:
+        head = _fit_head(features, targets, penalty / len(targets))
+        probabilities = head.predict_proba(val_features)
+        loss = log_loss(val_targets, probabilities, labels=head.classes_)
+        if loss >= metrics["val/loss"]:
+            break  # a weaker one would fit the training images only better still
+        accuracy = accuracy_score(val_targets, head.classes_[probabilities.argmax(axis=1)])
+        train_loss = log_loss(targets, head.predict_proba(features), labels=head.classes_)
+        best = head
+        metrics = {"train/loss": train_loss, "val/loss": loss, "val/accuracy": accuracy, "head_penalty": penalty}
+    assert best is not None  # the first loss is below infinity
+    _set_head(classifier.head, best)
+    history.add({name: float(value) for name, value in metrics.items()})
+
+
+def _fit_head(features: np.ndarray, targets: np.ndarray, penalty: float) -> LogisticRegression:
+    """A fit that ends before it has converged is judged by val like the others."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return LogisticRegression(C=penalty, max_iter=MAX_ITERATIONS).fit(features, targets)
+
+
+def _set_head(layer: nn.Module, head: LogisticRegression) -> None:
+    """Two classes have one row of coefficients: the second's against the first's."""
+    weights, biases = (torch.from_numpy(values).float() for values in (head.coef_, head.intercept_))
+    if len(head.classes_) == 2:
+        weights, biases = torch.cat([-weights, weights]) / 2, torch.cat([-biases, biases]) / 2
+    with torch.no_grad():
+        layer.weight.copy_(weights)  # type: ignore[operator]
+        layer.bias.copy_(biases)  # type: ignore[operator]
 
 
 @torch.inference_mode()
-def _compute_features(classifier: Classifier, loader: DataLoader[Batch]) -> TensorDataset:
-    """What the head sees of each image, once; the backbone is frozen, so that it can't change."""
-    classifier.eval()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    classifier.to(device)
-    features: list[Float[Tensor, "batch num_features"]] = []
-    targets: list[Int64[Tensor, " batch"]] = []
+def compute_features(
+    classifier: Classifier, dataset: PreparedDataset, epoch: int = 0
+) -> tuple[Float[np.ndarray, "num_images num_features"], Int64[np.ndarray, " num_images"]]:
+    """What the head sees of each image, and the targets; augmented as in that epoch, where the dataset augments."""
+    loader = build_loader(dataset, 128, shuffle=False, num_workers=choose_num_workers())
+    loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+    classifier.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    device = next(classifier.parameters()).device
+    features, targets = [], []
     for images, batch_targets in loader:
-        features.append(classifier.compute_features(images.to(device)).float().cpu())
-        targets.append(batch_targets)
-    classifier.train()
-    return TensorDataset(torch.cat(features).clone(), torch.cat(targets))
+        features.append(classifier.compute_features(images.to(device)).float().cpu().numpy())
+        targets.append(batch_targets.cpu().numpy())
+    return np.concatenate(features), np.concatenate(targets)
 
 
 def compute_targets(labels: np.ndarray, classes: list[str]) -> Int64[np.ndarray, " num_images"]:

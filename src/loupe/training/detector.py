@@ -12,17 +12,16 @@ from torch.nn import functional as F
 from loupe.data.loading import Batch, PreparedDataset, build_loader
 from loupe.models.detectors.autoencoder import Autoencoder
 from loupe.models.files import WEIGHTS, load_weights
-from loupe.training.trainer import History, Report, build_one_cycle, build_trainer, choose_num_workers
+from loupe.training.trainer import History, Report, Schedule, build_one_cycle, choose_num_workers, fit
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How to train. The learning rate is the peak of a one-cycle schedule; `patience` counts epochs."""
+    """How to train. The learning rate is the peak of a one-cycle schedule."""
 
-    epochs: int
+    schedule: Schedule
     batch_size: int
     learning_rate: float
-    patience: int
 
 
 class AutoencoderTraining(pl.LightningModule):
@@ -58,13 +57,21 @@ def train_autoencoder(
     folder: Path,
     report: Report,
 ) -> History:
-    """Train, and leave the autoencoder with the weights of its best epoch; `folder` gets these and the last."""
+    """Train, and leave the autoencoder with the weights of its best epoch.
+
+    Args:
+        folder: gets these and the last; what a stopped training left there is gone on from, so that it must belong to
+            the same recipe and data.
+    """
     history = History(autoencoder, folder, report)
     workers = choose_num_workers()
-    build_trainer(recipe.epochs, recipe.patience, history).fit(
+    fit(
         AutoencoderTraining(autoencoder, recipe.learning_rate),
+        recipe.schedule,
+        history,
         build_loader(train, recipe.batch_size, shuffle=True, num_workers=workers),
         build_loader(val, 4 * recipe.batch_size, shuffle=False, num_workers=workers),
+        seed=train.seed,
     )
     load_weights(autoencoder, folder / WEIGHTS)
     return history

@@ -1,30 +1,50 @@
-"""The trainer that both kinds of model share: precision, early stopping, best and last weights, history."""
+"""The trainer that both kinds of model share: early stopping, best and last weights, history, going on after a stop."""
 
 import logging
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import EarlyStopping
 from torch import nn
+from torch.utils.data import DataLoader
 
+from loupe.errors import ConfigError
 from loupe.models.files import WEIGHTS, save_weights
+from loupe.training.checkpoints import LastEpoch, SafetensorsIO, read_epoch
 
 Report = Callable[[int, dict[str, float]], None]  # the epoch, from 0, and its metrics
-LAST = "last.safetensors"
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+LAST, CHECKPOINT = "last.safetensors", "checkpoint.safetensors"
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how carefully is trained; `patience` counts epochs without progress of the loss on val.
+
+    Gradients of `accumulate` batches make a step; their norm is clipped to `gradient_clip`, 0 for never.
+    """
+
+    epochs: int
+    patience: int
+    precision: Precision
+    accumulate: int = 1
+    gradient_clip: float = 1.0
 
 
 class History(Callback):
     """Keeps each epoch's metrics, tells them to the log and to `report`, and keeps the best and the last weights.
 
-    The best epoch is the one with the lowest `val/loss`. One history may follow several trainings of one network.
+    The best epoch is the one with the lowest `val/loss`. After a stop it goes on where the checkpoint left it.
     """
 
     def __init__(self, network: nn.Module, folder: Path, report: Report) -> None:
@@ -35,11 +55,9 @@ class History(Callback):
         self.best_loss = math.inf
         self.best_epoch = 0
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validation has run by now, so that both kinds of metrics are there."""
+    def add(self, metrics: dict[str, float]) -> None:
+        """Note an epoch; `network` holds its weights."""
         epoch = len(self.rows)
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        metrics["learning_rate"] = trainer.optimizers[0].param_groups[-1]["lr"]
         self.rows.append({"epoch": epoch, **metrics})
         self.report(epoch, metrics)
         log.info("epoch %d: %s", epoch, "  ".join(f"{name} {value:.4g}" for name, value in sorted(metrics.items())))
@@ -48,27 +66,86 @@ class History(Callback):
             self.best_loss, self.best_epoch = metrics["val/loss"], epoch
             save_weights(self.network.state_dict(), self.folder / WEIGHTS)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validation has run by now, so that both kinds of metrics are there."""
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.add({**metrics, "learning_rate": max(group["lr"] for group in trainer.optimizers[0].param_groups)})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "best_loss": self.best_loss, "best_epoch": self.best_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The new run is told the epochs of the stopped one too."""
+        self.rows, self.best_loss = state_dict["rows"], state_dict["best_loss"]
+        self.best_epoch = state_dict["best_epoch"]
+        for row in self.rows:
+            self.report(int(row["epoch"]), {name: value for name, value in row.items() if name != "epoch"})
+
     def to_table(self) -> pd.DataFrame:
         """One row an epoch."""
         return pd.DataFrame(self.rows)
 
 
-def build_trainer(max_epochs: int, patience: int, history: History) -> Trainer:
-    """A Lightning trainer on whatever accelerator there is; bf16 mixed precision on CUDA."""
-    return Trainer(
-        max_epochs=max_epochs,
+class SeededEpochs(Callback):
+    """What is drawn in an epoch follows from (seed, epoch) alone, so that one after a stop draws the same."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            drawn = np.random.SeedSequence((self.seed, trainer.current_epoch)).generate_state(1)
+            torch.manual_seed(int(drawn[0]))
+
+
+def fit(
+    training: LightningModule,
+    schedule: Schedule,
+    history: History,
+    train: DataLoader[Any],
+    val: DataLoader[Any],
+    seed: int,
+) -> None:
+    """Train on whatever accelerator there is; go on from the checkpoint in the history's folder, if there is one.
+
+    Raises:
+        ConfigError: if a batch does not fit the memory.
+    """
+    checkpoint = history.folder / CHECKPOINT
+    resumes = checkpoint.exists()
+    if resumes:
+        epoch = read_epoch(checkpoint)
+        log.info("going on after %d epochs: an earlier training was stopped", epoch)
+        train.sampler.set_epoch(epoch)  # type: ignore[attr-defined]  # Lightning fetches a batch before it tells
+    trainer = Trainer(
+        max_epochs=schedule.epochs,
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=1,
-        precision="bf16-mixed" if torch.cuda.is_available() else "32-true",
-        callbacks=[EarlyStopping("val/loss", patience=patience), history],
+        precision=schedule.precision,
+        callbacks=[
+            EarlyStopping("val/loss", patience=schedule.patience),
+            SeededEpochs(seed),
+            history,
+            LastEpoch(checkpoint),
+        ],
+        plugins=[SafetensorsIO()],
         enable_progress_bar=sys.stderr.isatty(),  # in a log file it would be a line a step; History has a line an epoch
         logger=False,
-        enable_checkpointing=False,  # Lightning's are pickled; History keeps safetensors
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        gradient_clip_val=1.0,
+        accumulate_grad_batches=schedule.accumulate,
+        gradient_clip_val=schedule.gradient_clip or None,
         log_every_n_steps=1,
     )
+    try:
+        trainer.fit(training, train, val, ckpt_path=str(checkpoint) if resumes else None, weights_only=True)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise ConfigError(
+            f"batches of {train.batch_size} images don't fit the memory: lower the batch_size of this training (and "
+            "raise accumulate instead), or the input_size under `prepare` in params.yaml"
+        ) from error
 
 
 def build_one_cycle(optimizer: torch.optim.Optimizer, trainer: Trainer) -> dict[str, Any]:
@@ -77,6 +154,27 @@ def build_one_cycle(optimizer: torch.optim.Optimizer, trainer: Trainer) -> dict[
     total_steps = int(trainer.estimated_stepping_batches)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=total_steps, pct_start=0.2)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def build_cosine(optimizer: torch.optim.Optimizer, trainer: Trainer) -> dict[str, Any]:
+    """A tenth of the steps warm up linearly, the rest decay along a cosine to zero."""
+    total_steps = int(trainer.estimated_stepping_batches)
+    warm_up = max(1, total_steps // 10)
+    schedules = torch.optim.lr_scheduler
+    schedule = schedules.SequentialLR(
+        optimizer,
+        [
+            schedules.LinearLR(optimizer, start_factor=0.01, total_iters=warm_up),
+            schedules.CosineAnnealingLR(optimizer, max(1, total_steps - warm_up)),
+        ],
+        [warm_up],
+    )
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def choose_precision() -> Precision:
+    """bf16 where a GPU multiplies it faster; on a CPU it gained nothing with convolutions."""
+    return "bf16-mixed" if torch.cuda.is_available() else "32-true"
 
 
 def choose_epochs(num_images: int, input_pixels: int, budget_pixels: float, least: int, most: int) -> int:

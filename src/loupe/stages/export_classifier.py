@@ -1,0 +1,66 @@
+"""Export the classifier as ONNX, and compare what the file says of the test images with what the network says."""
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from loupe.config import Params
+from loupe.data.prepare import Prepared, load_prepared
+from loupe.evaluation.agreement import compare_scores
+from loupe.models import export
+from loupe.models.classifiers import Classifier, load_classifier, predict_probabilities
+from loupe.stages.entry import run_stage, save_json
+from loupe.stages.files import MODELS, PREPARED, REPORTS, RUN, SKIPPED, load_data_set
+from loupe.tracking.runs import connect, find_run, log_results
+
+MODEL, FOLDER = MODELS / "classifier", MODELS / "exported" / "classifier"
+METRICS = REPORTS / "metrics" / "classifier_export.json"
+NUM_EXAMPLES = 2  # one alone would freeze the batch size
+CHUNK = 512
+
+log = logging.getLogger(__name__)
+
+
+def export_classifier(params: Params) -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    if (MODEL / SKIPPED).exists():
+        save_json({}, METRICS)
+        return
+    path = FOLDER / "model.onnx"
+    prepared = load_prepared(PREPARED / "classifier")
+    classifier = load_classifier(MODEL)
+    examples = _read(prepared, np.arange(NUM_EXAMPLES))
+    export.export_classifier(classifier, examples, path, prepared.geometry.to_json())
+    agreement = compare_scores(*_predict_twice(classifier, path, prepared))
+    files = sorted(FOLDER.iterdir())
+    values = {**asdict(agreement), "num_bytes": sum(file.stat().st_size for file in files)}
+    metrics = {f"classifier/export/{name}": value for name, value in values.items()}
+    save_json(metrics, METRICS)
+    client = connect(load_data_set().name)
+    log_results(client, find_run(client, MODEL / RUN), metrics=metrics, files=files)
+    log.info("%s, %.1f MB: %s", path, values["num_bytes"] / 1e6, agreement.describe())
+    if not agreement.agrees:
+        log.warning("the exported classifier disagrees with the trained one, which will not be promoted")
+
+
+def _predict_twice(classifier: Classifier, path: Path, prepared: Prepared) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities of the test images by torch and by the file, both on the CPU, some hundreds read at a time."""
+    rows = prepared.rows_of("test")
+    by_torch, by_file = [], []
+    for start in range(0, len(rows), CHUNK):
+        images = _read(prepared, rows[start : start + CHUNK])
+        by_torch.append(predict_probabilities(classifier, images).numpy())
+        by_file.append(export.run_exported(path, images.numpy()))
+    return np.concatenate(by_torch), np.concatenate(by_file)
+
+
+def _read(prepared: Prepared, rows: np.ndarray) -> torch.Tensor:
+    """Images as (num_images, channels, height, width)."""
+    return torch.from_numpy(prepared.images[rows].transpose(0, 3, 1, 2).copy())
+
+
+if __name__ == "__main__":
+    run_stage(export_classifier)
