@@ -79,7 +79,7 @@ def compute_accuracy(classifier, dataset):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_learns_what_can_be_learnt(bright_and_dark, tmp_path, name):
-    classifier, _ = train(bright_and_dark, tmp_path, recipe_of(name, epochs=6))
+    classifier, _ = train(bright_and_dark, tmp_path, recipe_of(name, epochs=10))
     assert compute_accuracy(classifier, bright_and_dark) > 0.9
 
 
