@@ -61,7 +61,7 @@ def test_a_recipe_from_scratch_takes_no_weights(values):
 
 def test_an_unknown_recipe_is_answered_with_the_recipes(values):
     message = message_of(put(values, "train_classifier.recipe", "fine_tune"))
-    assert "'features_augmented' or 'fine_tuned', got 'fine_tune'" in message
+    assert "'features_augmented' or 'fine_tuned', got 'fine_tune'; did you mean 'fine_tuned'?" in message
 
 
 def test_an_unknown_key_that_resembles_none_lists_the_known_keys(values):
@@ -120,11 +120,12 @@ def test_a_value_out_of_range_is_one_sentence_with_the_key_and_what_came(values,
 
 def test_a_word_that_is_no_choice_is_answered_with_the_choices(values):
     message = message_of(put(values, "ingest.layout", "folders"))
-    assert "'class_folders', 'split_folders', 'mvtec', 'table' or 'unlabelled', got 'folders'" in message
+    choices = "'class_folders', 'split_folders', 'mvtec', 'table' or 'unlabelled'"
+    assert f"{choices}, got 'folders'; did you mean 'split_folders'?" in message
 
 
 def test_a_value_with_a_bar_in_it_is_repeated_as_it_came(values):
-    assert message_of(put(values, "ingest.layout", "mvtec|auto")).endswith("got 'mvtec|auto'")
+    assert message_of(put(values, "ingest.layout", "mvtec|auto")).endswith("got 'mvtec|auto'; did you mean 'mvtec'?")
 
 
 def test_a_detector_size_that_its_network_can_not_halve_three_times_fails(values):

@@ -4,12 +4,14 @@ A value may stand at `auto` where the data and the device decide; the stage that
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic_core import ErrorDetails
 
 from loupe.errors import ConfigError
 
@@ -129,6 +131,7 @@ class TrainClassifier(Section):
     accumulate: PositiveInt
     gradient_clip: NotNegative
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] | Auto
+    channels_last: bool
     compile: bool
 
     @model_validator(mode="after")
@@ -246,8 +249,15 @@ def _describe_problems(error: pydantic.ValidationError, values: dict[str, Any]) 
         else:
             wanted = problem["msg"].removeprefix("Input should be ")
             start = clauses[key].rpartition(", got ")[0] + " or" if key in clauses else f"{key} must be"
-            clauses[key] = f"{start} {wanted}, got {value!r}"
+            clauses[key] = f"{start} {wanted}, got {value!r}{_hint_choice(problem)}"
     return "; ".join(clauses.values())
+
+
+def _hint_choice(problem: ErrorDetails) -> str:
+    """Which of the allowed names was probably meant."""
+    choices = re.findall("'([^']*)'", problem["ctx"]["expected"]) if problem["type"] == "literal_error" else []
+    near = difflib.get_close_matches(str(problem["input"]), choices, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _locate(location: tuple[int | str, ...], values: dict[str, Any]) -> tuple[str, object, list[str]]:

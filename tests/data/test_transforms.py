@@ -160,3 +160,12 @@ def test_transforms_of_one_policy_draw_independently():
     image = np.arange(4, dtype=np.uint8).reshape(2, 2, 1)
     seen = {augment_image(augmentation, image, (0, 0, number)).tobytes() for number in range(64)}
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("policy", ["light", "inspection"])
+def test_images_are_shifted_to_either_side(policy):
+    """A single number would be a fixed shift."""
+    affine = build_augmentation([spec for spec in POLICIES[policy] if spec["name"] == "Affine"]).transforms[0]
+    for axis in ("x", "y"):
+        least, most = affine.translate_percent[axis]
+        assert least == -most < 0

@@ -8,8 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from loupe.commands import run_command
 from loupe.errors import PipelineError
-from pipelines.training import list_stages, run_command
+from pipelines.training import list_stages
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -60,5 +60,11 @@ def test_a_flat_image_stays_flat_whatever_its_way():
     torch.testing.assert_close(values, torch.full((1, 3, 64, 64), -0.6))
 
 
+def test_images_lie_in_memory_as_asked():
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        values = Preprocess((5, 5), (5, 5), 3, *PLAIN, memory_format)(pixels(5, 5))
+        assert values.is_contiguous(memory_format=memory_format)
+
+
 def test_its_constants_are_no_weights():
     assert Preprocess((5, 5), (5, 5), 3, *PLAIN).state_dict() == {}

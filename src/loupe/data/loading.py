@@ -11,7 +11,8 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from loupe.data.transforms import augment_image
+from loupe.data.batched import BatchedAugmentation, Flip, Move
+from loupe.data.transforms import augment_image, list_batched_steps
 
 log = logging.getLogger(__name__)
 
@@ -80,27 +81,37 @@ class PreparedDataset(Dataset[Batch]):
 
 
 class ResidentDataset(Dataset[Batch]):
-    """Images that need no augmentation, whole on one device: a batch is picked there, and nothing is copied to it."""
+    """Images whole on one device: a batch is picked and augmented there, and nothing is copied to it."""
 
     def __init__(self, dataset: PreparedDataset, device: torch.device) -> None:
+        """Its augmentation, if any, must be one of `list_batched_steps`."""
         images = torch.from_numpy(np.ascontiguousarray(dataset.images[dataset.rows]))
         self.images = images.to(device).permute(0, 3, 1, 2)
         self.targets = dataset.targets.to(device)
+        self.augmentation = BatchedAugmentation(_list_steps(dataset) or [], len(dataset), dataset.seed)
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
         positions = torch.tensor([position for _, position in keys], device=self.targets.device)
-        return self.images[positions], self.targets[positions]
+        images = self.images[positions]
+        if self.augmentation.steps:
+            images = self.augmentation(images, keys[0][0], positions)
+        return images, self.targets[positions]
+
+
+def _list_steps(dataset: PreparedDataset) -> list[Flip | Move] | None:
+    """How whole batches are augmented; None where one image at a time has to be."""
+    return [] if dataset.augmentation is None else list_batched_steps(dataset.augmentation)
 
 
 def build_loader(dataset: PreparedDataset, batch_size: int, shuffle: bool, num_workers: int) -> DataLoader[Batch]:
     """A loader whose order and augmentation follow from the dataset's seed and the epoch alone.
 
-    What needs no augmentation, and what a GPU has room for, goes there whole.
+    What a GPU has room for goes there whole, unless its augmentation is only to be had for one image at a time.
     """
-    is_resident = torch.cuda.is_available() and dataset.augmentation is None and _fits_on_gpu(dataset)
+    is_resident = torch.cuda.is_available() and _fits_on_gpu(dataset) and _list_steps(dataset) is not None
     num_workers = 0 if is_resident else num_workers
     place = "lie on the GPU whole" if is_resident else f"come in batches, by {num_workers or 'no'} workers"
     log.info("%d images of %s %s", len(dataset), " x ".join(map(str, dataset.images.shape[1:])), place)

@@ -14,6 +14,7 @@ import albumentations as A
 import numpy as np
 from jaxtyping import UInt8
 
+from loupe.data.batched import Flip, Move
 from loupe.data.images import Geometry
 from loupe.errors import ConfigError
 
@@ -24,7 +25,7 @@ POLICIES: dict[str, list[Spec]] = {
     # Small centred objects: mirror, and move by a pixel or two.
     "light": [
         {"name": "HorizontalFlip", "p": 0.5},
-        {"name": "Affine", "translate_percent": 0.07, "scale": (0.93, 1.07), "rotate": (-5, 5), "p": 0.8},
+        {"name": "Affine", "translate_percent": (-0.07, 0.07), "scale": (0.93, 1.07), "rotate": (-5, 5), "p": 0.8},
     ],
     # Photos: framing, mirror, light and colour.
     "photo": [
@@ -34,7 +35,7 @@ POLICIES: dict[str, list[Spec]] = {
     ],
     # Fixed cameras: how a part lies and is lit varies a little; nothing that could hide or fake a defect.
     "inspection": [
-        {"name": "Affine", "translate_percent": 0.02, "rotate": (-2, 2), "border_mode": 4, "p": 0.8},
+        {"name": "Affine", "translate_percent": (-0.02, 0.02), "rotate": (-2, 2), "border_mode": 4, "p": 0.8},
         {"name": "RandomBrightnessContrast", "brightness_limit": 0.05, "contrast_limit": 0.05, "p": 0.5},
     ],
 }
@@ -98,6 +99,26 @@ def _build_transform(spec: Spec) -> A.BasicTransform:
             raise ConfigError(
                 f"augment: {name} does not take these arguments: {' '.join(str(error).split())}"
             ) from error
+
+
+def list_batched_steps(augmentation: A.Compose) -> list[Flip | Move] | None:
+    """The same transforms for whole batches; None where one of them is not among those."""
+    steps = [_build_step(transform) for transform in augmentation.transforms]
+    return None if None in steps else [step for step in steps if step is not None]
+
+
+def _build_step(transform: A.BasicTransform) -> Flip | Move | None:
+    if isinstance(transform, A.HorizontalFlip | A.VerticalFlip):
+        return Flip(transform.p, 3 if isinstance(transform, A.HorizontalFlip) else 2)
+    if not isinstance(transform, A.Affine):
+        return None
+    plain = A.Affine()
+    kept = ("shear", "fit_output", "keep_ratio", "balanced_scale", "border_mode", "fill", "interpolation")
+    moves_by_pixels = transform.translate_px not in (None, plain.translate_px)
+    if moves_by_pixels or any(getattr(transform, name) != getattr(plain, name) for name in kept):
+        return None
+    shift = transform.translate_percent or {"x": (0.0, 0.0), "y": (0.0, 0.0)}
+    return Move(transform.p, transform.scale["x"], transform.scale["y"], shift["x"], shift["y"], transform.rotate)
 
 
 def augment_image(

@@ -78,6 +78,12 @@ class ClassifierConfig:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     channels: int = 3
+    channels_last: bool = True
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """How images and weights lie in memory."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
 
 class Classifier(nn.Module):
@@ -86,8 +92,10 @@ class Classifier(nn.Module):
     def __init__(self, config: ClassifierConfig, backbone: nn.Module) -> None:
         super().__init__()
         self.config = config
-        self.preprocess = Preprocess(config.crop, config.size, config.channels, config.mean, config.std)
-        self.backbone = backbone.to(memory_format=torch.channels_last)
+        self.preprocess = Preprocess(
+            config.crop, config.size, config.channels, config.mean, config.std, config.memory_format
+        )
+        self.backbone = backbone.to(memory_format=config.memory_format)
 
     @property
     def head(self) -> nn.Module:

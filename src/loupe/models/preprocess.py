@@ -18,10 +18,17 @@ class Preprocess(nn.Module):
     std: Tensor
 
     def __init__(
-        self, crop: tuple[int, int], size: tuple[int, int], channels: int, mean: Sequence[float], std: Sequence[float]
+        self,
+        crop: tuple[int, int],
+        size: tuple[int, int],
+        channels: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        memory_format: torch.memory_format = torch.channels_last,
     ) -> None:
         """Lengths are (height, width) in pixels; mean and std are of values in [0, 1], one a channel."""
         super().__init__()
+        self.memory_format = memory_format
         self.crop = crop
         self.size = size
         self.channels = channels
@@ -37,4 +44,4 @@ class Preprocess(nn.Module):
         if self.crop != self.size:
             values = F.interpolate(values, size=self.size, mode="bilinear", antialias=True)
         values = (values.expand(-1, self.channels, -1, -1) - self.mean) / self.std
-        return values.contiguous(memory_format=torch.channels_last)
+        return values.contiguous(memory_format=self.memory_format)

@@ -88,6 +88,7 @@ def _build_config(section: Section, weights: str, prepared: Prepared, labels: li
         mean=pretrained.mean,
         std=pretrained.std,
         channels=channels,
+        channels_last=section.channels_last,
     )
 
 
