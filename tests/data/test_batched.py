@@ -32,7 +32,11 @@ def augment(steps, batch, epoch=0, positions=None, num_images=None, seed=0):
         {"rotate": (25, 25)},
         {"scale": {"x": (1.3, 1.3), "y": (0.8, 0.8)}},
         {"translate_percent": {"x": (0.25, 0.25), "y": (-0.25, -0.25)}},
-        {"rotate": (-15, -15), "scale": {"x": (0.9, 0.9), "y": (1.2, 1.2)}, "translate_percent": {"x": (0.25, 0.25), "y": (0.25, 0.25)}},
+        {
+            "rotate": (-15, -15),
+            "scale": {"x": (0.9, 0.9), "y": (1.2, 1.2)},
+            "translate_percent": {"x": (0.25, 0.25), "y": (0.25, 0.25)},
+        },
     ],
 )
 def test_a_move_is_the_one_that_albumentations_makes(image, arguments):

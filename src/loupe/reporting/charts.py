@@ -1,4 +1,4 @@
-"""Line charts for a page: values brought to the coordinates of an SVG picture, which the template draws."""
+"""Charts for a page, of lines or of intervals: values brought to the coordinates of an SVG, which the template draws."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 WIDTH, HEIGHT = 420, 280  # of the whole picture, in its own units; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 40  # margins, for ticks and names of axes
+NAMES, ROW_HEIGHT = 132, 36  # of a chart of intervals: the margin for names of rows, and a row
 NUM_TICKS = 6
 DOTTED_POINTS = 30  # more would run into each other
 LEAST_RADIUS, MOST_RADIUS = 2.5, 9.0
@@ -74,6 +75,70 @@ class Chart(NamedTuple):
     right: int = WIDTH - RIGHT
     top: int = TOP
     bottom: int = HEIGHT - BOTTOM
+
+
+class Measured(NamedTuple):
+    """A row to draw: a figure with its interval, and what the same figure is elsewhere."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    elsewhere: float
+
+
+class DrawnRow(NamedTuple):
+    """Where its middle stands, and its values along x; `text` is what a pointer finds there."""
+
+    name: str
+    y: float
+    value: float
+    low: float
+    high: float
+    elsewhere: float
+    text: str
+
+
+class IntervalChart(NamedTuple):
+    """All that a template needs to draw intervals one below the other, in the picture's units, y downwards."""
+
+    title: str
+    x_name: str
+    x_ticks: list[Tick]
+    rows: list[DrawnRow]
+    height: int
+    width: int = WIDTH
+    left: int = NAMES
+    right: int = WIDTH - RIGHT
+    top: int = TOP
+
+    @property
+    def bottom(self) -> int:
+        """Where the axis is."""
+        return self.height - BOTTOM
+
+
+def build_interval_chart(title: str, x_name: str, rows: Sequence[Measured]) -> IntervalChart:
+    """Lay out intervals, the first at the top.
+
+    Args:
+        title: what it shows, for those who do not see it.
+    """
+    values = np.array([row[1:] for row in rows])
+    steps = _choose_steps((float(values.min()), float(values.max())), False)
+    return IntervalChart(
+        title=title,
+        x_name=x_name,
+        x_ticks=[Tick(_place(step, steps, NAMES, WIDTH - RIGHT), f"{step:g}") for step in steps],
+        rows=[_draw_row(row, position, steps) for position, row in enumerate(rows)],
+        height=TOP + len(rows) * ROW_HEIGHT + BOTTOM,
+    )
+
+
+def _draw_row(row: Measured, position: int, steps: Sequence[float]) -> DrawnRow:
+    value, low, high, elsewhere = (_place(one, steps, NAMES, WIDTH - RIGHT) for one in row[1:])
+    text = f"{row.name}: {row.value:.4g} ({row.low:.4g} to {row.high:.4g})"
+    return DrawnRow(row.name, TOP + (position + 0.5) * ROW_HEIGHT, value, low, high, elsewhere, text)
 
 
 def build_chart(
