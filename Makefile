@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 export DVC_NO_ANALYTICS := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test browser check bench bench-data ui environment lock
+.PHONY: run test browser check bench bench-data bench-classifier ui environment lock
 
 environment: $(STAMP)
 
@@ -27,8 +27,13 @@ check: $(STAMP)
 	mypy
 	lint-imports
 
-bench bench-data: $(STAMP)
+bench: bench-data bench-classifier
+
+bench-data: $(STAMP)
 	python benchmarks/data.py
+
+bench-classifier: $(STAMP)
+	python benchmarks/classifier.py
 
 ui: $(STAMP)
 	@loupe ui

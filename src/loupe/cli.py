@@ -114,6 +114,15 @@ def promote() -> None:
 
 
 @app.command()
+def ladder() -> None:
+    """Train and test by each recipe, from scratch to fine-tuned, and compare them; the working copy stays as it is."""
+    from loupe.ladder import climb_ladder  # mlflow and DVC take seconds
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    climb_ladder(load_params(PARAMS))
+
+
+@app.command()
 def model(
     name: Annotated[str, typer.Argument(help="A network that timm knows, or the course's own, such as lenet5.")],
     size: Annotated[

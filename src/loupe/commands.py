@@ -14,7 +14,7 @@ from filelock import FileLock
 from loupe.errors import PipelineError
 
 LOCK = Path(".dvc/tmp/loupe.lock")
-GRACE_SECONDS = 10
+GRACE_SECONDS = 5
 
 
 def run_command(command: list[str], timeout_seconds: int) -> Iterator[str]:

@@ -126,7 +126,7 @@ class TrainClassifier(Section):
     label_smoothing: Fraction
     mixup: NotNegative
     cutmix: NotNegative
-    ema_decay: Fraction
+    ema_decay: Fraction | Auto
     class_weights: Literal["none", "balanced"]
     accumulate: PositiveInt
     gradient_clip: NotNegative

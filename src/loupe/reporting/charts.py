@@ -1,4 +1,4 @@
-"""Charts for a page, of lines or of intervals: values brought to the coordinates of an SVG, which the template draws."""
+"""Charts for a page, of lines or intervals: values brought to the coordinates of an SVG, which the template draws."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 WIDTH, HEIGHT = 420, 280  # of the whole picture, in its own units; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 40  # margins, for ticks and names of axes
-NAMES, ROW_HEIGHT = 132, 36  # of a chart of intervals: the margin for names of rows, and a row
+NAMES, ROW_HEIGHT = 150, 36  # of a chart of intervals: the margin for names of rows, and a row
 NUM_TICKS = 6
 DOTTED_POINTS = 30  # more would run into each other
 LEAST_RADIUS, MOST_RADIUS = 2.5, 9.0

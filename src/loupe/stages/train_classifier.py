@@ -30,10 +30,11 @@ from loupe.training.trainer import Schedule, choose_batch_size, choose_epochs, c
 
 # On two CPU cores the default backbone trains at about 0.9 million pixels a second: three minutes and a half.
 BUDGET_PIXELS = 180e6
-LEAST_EPOCHS, MOST_EPOCHS = 2, 20
-# Of fewer images, batch statistics are noise and large steps forget more than they learn.
+LEAST_EPOCHS, MOST_EPOCHS, MOST_EPOCHS_FROM_SCRATCH = 2, 12, 60
+# Of fewer images, batch statistics are noise, large steps forget more than they learn, and weights are better averaged.
 MANY_IMAGES = 2_000
-SMALL_LEARNING_RATE, LARGE_LEARNING_RATE = 3e-4, 2e-3
+SMALL_LEARNING_RATE, LARGE_LEARNING_RATE = 1e-4, 2e-3
+AVERAGED_EPOCHS = 3
 FOLDER = MODELS / "classifier"
 
 log = logging.getLogger(__name__)
@@ -96,9 +97,14 @@ def _choose_recipe(section: Section, prepared: Prepared) -> Recipe:
     """What stands at `auto` follows from the number of images and their size."""
     num_images = len(prepared.rows_of("train"))
     height, width = prepared.geometry.input_height, prepared.geometry.input_width
-    epochs = choose_epochs(num_images, height * width, BUDGET_PIXELS, LEAST_EPOCHS, MOST_EPOCHS)
-    is_many = num_images >= MANY_IMAGES or section.recipe.startswith("scratch")
+    from_scratch = section.recipe.startswith("scratch")
+    most_epochs = MOST_EPOCHS_FROM_SCRATCH if from_scratch else MOST_EPOCHS
+    epochs = choose_epochs(num_images, height * width, BUDGET_PIXELS, LEAST_EPOCHS, most_epochs)
+    batch_size = choose_batch_size(num_images) if section.batch_size == "auto" else section.batch_size
+    is_many = num_images >= MANY_IMAGES or from_scratch
     learning_rate = LARGE_LEARNING_RATE if is_many else SMALL_LEARNING_RATE
+    num_averaged = AVERAGED_EPOCHS * max(1, num_images // (batch_size * section.accumulate))
+    ema_decay = 0.0 if is_many else 1 - 1 / num_averaged
     recipe = Recipe(
         steps=RECIPES[section.recipe],
         schedule=Schedule(
@@ -108,23 +114,15 @@ def _choose_recipe(section: Section, prepared: Prepared) -> Recipe:
             accumulate=section.accumulate,
             gradient_clip=section.gradient_clip,
         ),
-        batch_size=choose_batch_size(num_images) if section.batch_size == "auto" else section.batch_size,
+        batch_size=batch_size,
         learning_rate=learning_rate if section.learning_rate == "auto" else section.learning_rate,
         rate_schedule=section.schedule,
+        ema_decay=ema_decay if section.ema_decay == "auto" else section.ema_decay,
         balances_classes=section.class_weights == "balanced",
         adapts_batch_norm=is_many,
         compiles=section.compile,
         **section.model_dump(
-            include={
-                "optimizer",
-                "layer_decay",
-                "weight_decay",
-                "l1",
-                "label_smoothing",
-                "mixup",
-                "cutmix",
-                "ema_decay",
-            }
+            include={"optimizer", "layer_decay", "weight_decay", "l1", "label_smoothing", "mixup", "cutmix"}
         ),
     )
     _tell(section, recipe, num_images, f"{height} x {width}")
@@ -136,11 +134,12 @@ def _tell(section: Section, recipe: Recipe, num_images: int, size: str) -> None:
     log.info("%s of %s on %s: %d images at %s", section.recipe, section.backbone, device, num_images, size)
     if recipe.steps.whole:
         log.info(
-            "%d epochs at most, batches of %d, learning rate %g, batch norm %s",
+            "%d epochs at most, batches of %d, learning rate %g, batch norm %s, weights %s",
             recipe.schedule.epochs,
             recipe.batch_size,
             recipe.learning_rate,
             "adapts" if recipe.adapts_batch_norm else "keeps its statistics",
+            f"averaged with a decay of {recipe.ema_decay:.3g}" if recipe.ema_decay else "as they are",
         )
 
 
