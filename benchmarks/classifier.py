@@ -38,8 +38,8 @@ from loupe.data.transforms import build_augmentation, choose_policy
 from loupe.models.classifiers import ClassifierConfig, build_classifier, get_data_config
 from loupe.models.optimization import build_optimizer
 from loupe.stages.entry import save_json
-from loupe.stages.train_classifier import _build_config, _choose_recipe
-from loupe.training.classifier import Recipe, _train_whole
+from loupe.stages.train_classifier import build_config, choose_recipe
+from loupe.training.classifier import Recipe, train_whole
 from loupe.training.trainer import History
 
 BACKBONE, LABELS = "tf_efficientnet_lite0", [str(label) for label in range(10)]
@@ -116,8 +116,8 @@ def make_case(setting: Setting, workspace: Path) -> Case:
     return Case(
         setting,
         workspace / "images",
-        _build_config(section, "package", prepared, LABELS),  # grey is repeated thrice, as for pretrained weights
-        _choose_recipe(section, prepared),
+        build_config(section, "package", prepared, LABELS),  # grey is repeated thrice, as for pretrained weights
+        choose_recipe(section, prepared),
         PreparedDataset(prepared.images, positions, targets, augmentation, seed=0),
         PreparedDataset(prepared.images, positions[:1], targets[:1], None, seed=0),
     )
@@ -170,7 +170,7 @@ def train_ours(case: Case) -> Iterator[float]:
         classifier = build_classifier(case.config, "none")
         with tempfile.TemporaryDirectory() as folder:
             clock = Clock(classifier, Path(folder), lambda epoch, metrics: None)
-            _train_whole(classifier, case.train, case.val, case.recipe, clock)
+            train_whole(classifier, case.train, case.val, case.recipe, clock)
         yield clock.seconds
 
 

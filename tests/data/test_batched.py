@@ -23,7 +23,7 @@ def to_batch(image, num_images=1):
 
 def augment(steps, batch, epoch=0, positions=None, num_images=None, seed=0):
     positions = torch.arange(len(batch)) if positions is None else torch.tensor(positions)
-    return BatchedAugmentation(steps, num_images or len(batch), seed)(batch, epoch, positions)
+    return BatchedAugmentation(steps, num_images or len(batch), seed, batch.device)(batch, epoch, positions)
 
 
 @pytest.mark.parametrize(

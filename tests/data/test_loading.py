@@ -11,7 +11,8 @@ MOVES = [{"name": "Affine", "rotate": (-40, 40), "translate_percent": (-0.2, 0.2
 
 @pytest.fixture
 def image(draw):
-    return np.asarray(draw(0, (32, 32)))
+    """Too large to be augmented in whole batches on a CPU."""
+    return np.asarray(draw(0, (64, 64)))
 
 
 def dataset_of(images, augmentation=None, seed=0, rows=None):

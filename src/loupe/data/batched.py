@@ -62,18 +62,28 @@ class Move:
 class BatchedAugmentation:
     """The steps of a policy, drawn for each image from (seed, epoch, position) alone, whatever its batch."""
 
-    def __init__(self, steps: Sequence[Flip | Move], num_images: int, seed: int) -> None:
+    def __init__(self, steps: Sequence[Flip | Move], num_images: int, seed: int, device: torch.device) -> None:
         self.steps = steps
         self.num_images = num_images
         self.seed = seed
+        self.device = device
+        self.epoch = -1
+        self.draws: list[Tensor] = []
 
     def __call__(
         self, images: UInt8[Tensor, "batch channels height width"], epoch: int, positions: Tensor
     ) -> UInt8[Tensor, "batch channels height width"]:
-        """Augment the images that are at these positions of the set."""
-        generator = torch.Generator(images.device).manual_seed(self.seed * 1_000_003 + epoch)
+        """Augment the images that are at these positions of the set; all lie on the device."""
+        if epoch != self.epoch:
+            self._draw(epoch)
         values = images.float()
-        for step in self.steps:
-            draws = torch.rand(self.num_images, step.num_draws, generator=generator, device=images.device)
+        for step, draws in zip(self.steps, self.draws, strict=True):
             values = step.apply(values, draws[positions])
         return values.round().clamp(0, 255).to(torch.uint8)
+
+    def _draw(self, epoch: int) -> None:
+        generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + epoch)
+        self.epoch = epoch
+        self.draws = [
+            torch.rand(self.num_images, step.num_draws, generator=generator, device=self.device) for step in self.steps
+        ]

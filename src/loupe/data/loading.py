@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from loupe.data.batched import BatchedAugmentation, Flip, Move
 from loupe.data.transforms import augment_image, list_batched_steps
 
+SMALL_SIDE = 48  # pixels; a CPU moves larger images faster one at a time
+
 log = logging.getLogger(__name__)
 
 Batch = tuple[UInt8[Tensor, "batch channels height width"], Int64[Tensor, " batch"]]
@@ -88,7 +90,7 @@ class ResidentDataset(Dataset[Batch]):
         images = torch.from_numpy(np.ascontiguousarray(dataset.images[dataset.rows]))
         self.images = images.to(device).permute(0, 3, 1, 2)
         self.targets = dataset.targets.to(device)
-        self.augmentation = BatchedAugmentation(_list_steps(dataset) or [], len(dataset), dataset.seed)
+        self.augmentation = BatchedAugmentation(_list_steps(dataset) or [], len(dataset), dataset.seed, device)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -109,28 +111,34 @@ def _list_steps(dataset: PreparedDataset) -> list[Flip | Move] | None:
 def build_loader(dataset: PreparedDataset, batch_size: int, shuffle: bool, num_workers: int) -> DataLoader[Batch]:
     """A loader whose order and augmentation follow from the dataset's seed and the epoch alone.
 
-    What a GPU has room for goes there whole, unless its augmentation is only to be had for one image at a time.
+    Where whole batches can be augmented, a set that a GPU has room for goes there whole, and one of small images stays
+    in this process; otherwise workers augment one image at a time.
     """
-    is_resident = torch.cuda.is_available() and _fits_on_gpu(dataset) and _list_steps(dataset) is not None
-    num_workers = 0 if is_resident else num_workers
-    place = "lie on the GPU whole" if is_resident else f"come in batches, by {num_workers or 'no'} workers"
+    device = _choose_residence(dataset)
+    num_workers = 0 if device else num_workers
+    place = f"lie on the {device.type} whole" if device else f"come in batches, by {num_workers or 'no'} workers"
     log.info("%d images of %s %s", len(dataset), " x ".join(map(str, dataset.images.shape[1:])), place)
     return DataLoader(
-        ResidentDataset(dataset, torch.device("cuda")) if is_resident else dataset,
+        ResidentDataset(dataset, device) if device else dataset,
         batch_size=batch_size,
         sampler=EpochSampler(len(dataset), dataset.seed, shuffle),
         collate_fn=_keep,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available() and not is_resident,
+        pin_memory=torch.cuda.is_available() and not device,
         drop_last=shuffle and len(dataset) >= 2 * batch_size,
     )
 
 
-def _fits_on_gpu(dataset: PreparedDataset) -> bool:
-    """A quarter of the free memory is enough room: the rest is for the network and its activations."""
-    num_bytes = len(dataset) * int(np.prod(dataset.images.shape[1:]))
-    return num_bytes <= torch.cuda.mem_get_info()[0] // 4
+def _choose_residence(dataset: PreparedDataset) -> torch.device | None:
+    """Where the set lies whole. A quarter of a GPU's free memory is room enough: the rest is for the network."""
+    if _list_steps(dataset) is None:
+        return None
+    if torch.cuda.is_available():
+        num_bytes = len(dataset) * int(np.prod(dataset.images.shape[1:]))
+        return torch.device("cuda") if num_bytes <= torch.cuda.mem_get_info()[0] // 4 else None
+    is_small = max(dataset.images.shape[1:3]) <= SMALL_SIDE and not isinstance(dataset.images, np.memmap)
+    return torch.device("cpu") if is_small else None
 
 
 def _keep(batch: Any) -> Any:

@@ -48,9 +48,9 @@ def train_classifier(params: Params) -> None:
     check_optimizer(section.optimizer)
     seed_everything(params.seed, workers=True, verbose=False)
     prepared, weights = load_prepared(PREPARED / "classifier"), _choose_weights(section)
-    config = _build_config(section, weights, prepared, tasks.labels)
+    config = build_config(section, weights, prepared, tasks.labels)
     classifier = build_classifier(config, weights, drop_rate=section.drop_rate, drop_path=section.drop_path)
-    recipe = _choose_recipe(section, prepared)
+    recipe = choose_recipe(section, prepared)
     facts = {"config": asdict(config), "recipe": asdict(recipe), "weights": weights, "seed": params.seed}
     with record_training("classifier", params, recipe) as run_id, open_memory("classifier", facts) as memory:
         history = train_network(
@@ -77,7 +77,8 @@ def _choose_weights(section: Section) -> str:
     return "none" if section.recipe.startswith("scratch") else "package"
 
 
-def _build_config(section: Section, weights: str, prepared: Prepared, labels: list[str]) -> ClassifierConfig:
+def build_config(section: Section, weights: str, prepared: Prepared, labels: list[str]) -> ClassifierConfig:
+    """What the network is made of, for images as they were prepared."""
     geometry = prepared.geometry
     channels = choose_channels(section.backbone, weights, geometry.channels)
     pretrained = get_data_config(section.backbone).fit_channels(channels)
@@ -93,7 +94,7 @@ def _build_config(section: Section, weights: str, prepared: Prepared, labels: li
     )
 
 
-def _choose_recipe(section: Section, prepared: Prepared) -> Recipe:
+def choose_recipe(section: Section, prepared: Prepared) -> Recipe:
     """What stands at `auto` follows from the number of images and their size."""
     num_images = len(prepared.rows_of("train"))
     height, width = prepared.geometry.input_height, prepared.geometry.input_width

@@ -192,14 +192,15 @@ def train_network(
         versions = [train] * NUM_AUGMENTED if recipe.steps.augments and not recipe.steps.whole else []
         _train_head(classifier, [plain, *versions], val, history)
     if recipe.steps.whole:
-        _train_whole(classifier, train, val, recipe, history)
+        train_whole(classifier, train, val, recipe, history)
     load_weights(classifier, folder / WEIGHTS)
     return history
 
 
-def _train_whole(
+def train_whole(
     classifier: Classifier, train: PreparedDataset, val: PreparedDataset, recipe: Recipe, history: History
 ) -> None:
+    """Train all weights; the history keeps the best and the last."""
     log.info("the whole network, %d epochs at most", recipe.schedule.epochs)
     training = ClassifierTraining(classifier, recipe, _weigh_classes(train, classifier, recipe.balances_classes))
     history.network = training.trained
