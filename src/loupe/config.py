@@ -124,8 +124,8 @@ class TrainClassifier(Section):
     weight_decay: NotNegative
     l1: NotNegative
     label_smoothing: Fraction
-    mixup: NotNegative
-    cutmix: NotNegative
+    mixup: NotNegative | Auto
+    cutmix: NotNegative | Auto
     ema_decay: Fraction | Auto
     class_weights: Literal["none", "balanced"]
     accumulate: PositiveInt

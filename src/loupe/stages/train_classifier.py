@@ -2,11 +2,12 @@
 
 import logging
 from dataclasses import asdict
+from typing import TypeVar
 
 import torch
 from pytorch_lightning import seed_everything
 
-from loupe.config import Params
+from loupe.config import Auto, Params
 from loupe.config import TrainClassifier as Section
 from loupe.data.loading import PreparedDataset
 from loupe.data.prepare import Prepared, load_prepared
@@ -30,12 +31,16 @@ from loupe.training.trainer import Schedule, choose_batch_size, choose_epochs, c
 
 # On two CPU cores the default backbone trains at about 0.9 million pixels a second: three minutes and a half.
 BUDGET_PIXELS = 180e6
-LEAST_EPOCHS, MOST_EPOCHS, MOST_EPOCHS_FROM_SCRATCH = 2, 12, 60
-# Of fewer images, batch statistics are noise, large steps forget more than they learn, and weights are better averaged.
+LEAST_EPOCHS, MOST_EPOCHS, MOST_EPOCHS_FROM_SCRATCH = 2, 20, 60
+# Fewer images are soon known by heart: they are mixed, weights are averaged, and small steps forget less of what was
+# learnt before. Their batch statistics are noise.
 MANY_IMAGES = 2_000
 SMALL_LEARNING_RATE, LARGE_LEARNING_RATE = 1e-4, 2e-3
+SMALL_MIXUP, SMALL_CUTMIX = 0.2, 1.0
 AVERAGED_EPOCHS = 3
 FOLDER = MODELS / "classifier"
+
+Value = TypeVar("Value")
 
 log = logging.getLogger(__name__)
 
@@ -100,34 +105,38 @@ def choose_recipe(section: Section, prepared: Prepared) -> Recipe:
     height, width = prepared.geometry.input_height, prepared.geometry.input_width
     from_scratch = section.recipe.startswith("scratch")
     most_epochs = MOST_EPOCHS_FROM_SCRATCH if from_scratch else MOST_EPOCHS
-    epochs = choose_epochs(num_images, height * width, BUDGET_PIXELS, LEAST_EPOCHS, most_epochs)
-    batch_size = choose_batch_size(num_images) if section.batch_size == "auto" else section.batch_size
-    is_many = num_images >= MANY_IMAGES or from_scratch
-    learning_rate = LARGE_LEARNING_RATE if is_many else SMALL_LEARNING_RATE
+    batch_size = _resolve(section.batch_size, choose_batch_size(num_images))
+    is_few = num_images < MANY_IMAGES and not from_scratch
     num_averaged = AVERAGED_EPOCHS * max(1, num_images // (batch_size * section.accumulate))
-    ema_decay = 0.0 if is_many else 1 - 1 / num_averaged
     recipe = Recipe(
         steps=RECIPES[section.recipe],
         schedule=Schedule(
-            epochs=epochs if section.epochs == "auto" else section.epochs,
+            epochs=_resolve(
+                section.epochs, choose_epochs(num_images, height * width, BUDGET_PIXELS, LEAST_EPOCHS, most_epochs)
+            ),
             patience=section.patience,
-            precision=choose_precision() if section.precision == "auto" else section.precision,
+            precision=_resolve(section.precision, choose_precision()),
             accumulate=section.accumulate,
             gradient_clip=section.gradient_clip,
         ),
         batch_size=batch_size,
-        learning_rate=learning_rate if section.learning_rate == "auto" else section.learning_rate,
+        learning_rate=_resolve(section.learning_rate, SMALL_LEARNING_RATE if is_few else LARGE_LEARNING_RATE),
         rate_schedule=section.schedule,
-        ema_decay=ema_decay if section.ema_decay == "auto" else section.ema_decay,
+        mixup=_resolve(section.mixup, SMALL_MIXUP if is_few else 0.0),
+        cutmix=_resolve(section.cutmix, SMALL_CUTMIX if is_few else 0.0),
+        ema_decay=_resolve(section.ema_decay, 1 - 1 / num_averaged if is_few else 0.0),
         balances_classes=section.class_weights == "balanced",
-        adapts_batch_norm=is_many,
+        adapts_batch_norm=not is_few,
         compiles=section.compile,
-        **section.model_dump(
-            include={"optimizer", "layer_decay", "weight_decay", "l1", "label_smoothing", "mixup", "cutmix"}
-        ),
+        **section.model_dump(include={"optimizer", "layer_decay", "weight_decay", "l1", "label_smoothing"}),
     )
     _tell(section, recipe, num_images, f"{height} x {width}")
     return recipe
+
+
+def _resolve(value: Value | Auto, chosen: Value) -> Value:
+    """What was chosen, where the params leave it open."""
+    return chosen if value == "auto" else value
 
 
 def _tell(section: Section, recipe: Recipe, num_images: int, size: str) -> None:
@@ -135,10 +144,12 @@ def _tell(section: Section, recipe: Recipe, num_images: int, size: str) -> None:
     log.info("%s of %s on %s: %d images at %s", section.recipe, section.backbone, device, num_images, size)
     if recipe.steps.whole:
         log.info(
-            "%d epochs at most, batches of %d, learning rate %g, batch norm %s, weights %s",
+            "%d epochs at most, batches of %d, learning rate %g, mixup %g, cutmix %g, batch norm %s, weights %s",
             recipe.schedule.epochs,
             recipe.batch_size,
             recipe.learning_rate,
+            recipe.mixup,
+            recipe.cutmix,
             "adapts" if recipe.adapts_batch_norm else "keeps its statistics",
             f"averaged with a decay of {recipe.ema_decay:.3g}" if recipe.ema_decay else "as they are",
         )
