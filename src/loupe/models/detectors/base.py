@@ -16,6 +16,7 @@ from loupe.models.detectors.features import FeatureConfig, FeatureExtractor, Fea
 from loupe.models.files import save_model
 
 Images = Iterable[UInt8[Tensor, "batch channels height width"]]
+Batches = Callable[[], Iterable[Features]]
 
 
 class Detector(nn.Module, ABC):
@@ -43,11 +44,12 @@ class FeatureDetector(Detector):
         self.extractor = FeatureExtractor(config, backbone)
 
     @abstractmethod
-    def fit_features(self, batches: Callable[[], Iterable[Features]]) -> None:
+    def fit_features(self, batches: Batches, generator: torch.Generator) -> None:
         """Fit to the features of at least `least_images` normal images.
 
         Args:
             batches: gives them from the start, as often as it is called.
+            generator: what is drawn at random, where anything is; on the CPU.
         """
 
     @abstractmethod
@@ -61,11 +63,12 @@ class FeatureDetector(Detector):
         return scores, F.interpolate(maps[:, None], images.shape[2:], mode="bilinear")[:, 0]
 
 
-def fit_detector(detector: FeatureDetector, images: Images, most_bytes: int = 1 << 30) -> None:
+def fit_detector(detector: FeatureDetector, images: Images, seed: int, most_bytes: int = 1 << 30) -> None:
     """Fit to normal images, on the detector's device.
 
     Args:
         images: batches; gone through more than once, so a list or a loader and no generator.
+        seed: of what is drawn at random, where anything is.
         most_bytes: so much of the features is kept in memory, and the rest computed at each pass again.
 
     Raises:
@@ -77,7 +80,8 @@ def fit_detector(detector: FeatureDetector, images: Images, most_bytes: int = 1 
             f"{detector.name} needs at least {detector.least_images} normal images to be fitted, got {num_images}: "
             f"add images, or choose another detector"
         )
-    detector.eval().fit_features(_FeatureMemory(detector.extractor, images, most_bytes).read)
+    memory = _FeatureMemory(detector.extractor, images, most_bytes)
+    detector.eval().fit_features(memory.read, torch.Generator().manual_seed(seed))
 
 
 class _FeatureMemory:

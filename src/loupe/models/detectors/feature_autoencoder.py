@@ -5,7 +5,8 @@ For squared errors the best linear autoencoder is the projection on the first pr
 it can't rebuild; to look for that in deep features is after FRE (Ndiour et al., 2022).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,21 +14,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from loupe.models.detectors.base import FeatureDetector
+from loupe.models.detectors.base import Batches, FeatureDetector
 from loupe.models.detectors.features import FeatureConfig, Features
 from loupe.models.detectors.moments import Moments, flatten_places
 
 # Chosen on normal images with synthetic defects, none of them of a test set.
-VARIANCE_KEPT = 0.98  # 0.90 rebuilds too little of fine textures, 0.99 rebuilds some defects
+VARIANCE_KEPT = 0.98  # with 0.90 much of a fine texture is an error, with all of it nothing is
 TOP_PART = 0.03  # of an image's places: the largest error alone is noisy, the mean of all loses small defects
+FLOOR = 0.25  # of the variance of all errors, for places where normal images are all alike
 BLUR_PLACES, BLUR_KERNEL = 2.0, 9
 
 
 class LinearAutoencoder(nn.Module):
     """Of one level: features to as many principal components as hold VARIANCE_KEPT of the variance, and back.
 
-    The errors and their top means are standardised by `error_mean`, `error_std`, `top_mean` and `top_std`: those of
-    normal images that it has not seen.
+    Errors are standardised by what they are at the same place of normal images that it was not fitted to
+    (`error_mean`, `error_std`), and their top means by those of these images (`top_mean`, `top_std`).
     """
 
     mean: Tensor
@@ -38,14 +40,15 @@ class LinearAutoencoder(nn.Module):
     top_mean: Tensor
     top_std: Tensor
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, rows: int, columns: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("components", torch.eye(channels))
         self.register_buffer("is_kept", torch.zeros(channels, dtype=torch.bool))
-        for name in ("error", "top"):
-            self.register_buffer(f"{name}_mean", torch.zeros(()))
-            self.register_buffer(f"{name}_std", torch.ones(()))
+        self.register_buffer("error_mean", torch.zeros(rows, columns))
+        self.register_buffer("error_std", torch.ones(rows, columns))
+        self.register_buffer("top_mean", torch.zeros(()))
+        self.register_buffer("top_std", torch.ones(()))
 
     def fit(self, moments: Moments) -> "LinearAutoencoder":
         """Take mean and principal components, the strongest first."""
@@ -69,12 +72,12 @@ class LinearAutoencoder(nn.Module):
         return residual.sum(dim=1)
 
     def standardise(self, errors: Float[Tensor, "batch rows columns"]) -> Float[Tensor, "batch rows columns"]:
-        """0 is the mean of normal places, 1 their standard deviation above it."""
+        """0 is the mean of normal images at that place, 1 their standard deviation above it."""
         return (errors - self.error_mean) / self.error_std
 
     def compute_score(self, errors: Float[Tensor, "batch rows columns"]) -> Float[Tensor, " batch"]:
         """0 is the mean of normal images, 1 their standard deviation above it."""
-        return (compute_top(errors) - self.top_mean) / self.top_std
+        return (compute_top(self.standardise(errors)) - self.top_mean) / self.top_std
 
 
 def compute_top(errors: Float[Tensor, "batch rows columns"]) -> Float[Tensor, " batch"]:
@@ -84,10 +87,10 @@ def compute_top(errors: Float[Tensor, "batch rows columns"]) -> Float[Tensor, " 
 
 
 class FeatureAutoencoder(FeatureDetector):
-    """The anomaly score is the mean of the levels' scores, the map the mean of their standardised errors.
+    """The anomaly score is the mean of the levels' scores, the map the mean of their errors in standard deviations.
 
-    The finest level is left out of the score, as its errors are many and small over all of an image, and the coarsest
-    out of the map, as it can't say where.
+    The finest level is left out of the score, where it is mostly noise, and the coarsest out of the map, as it can't
+    say where. The map keeps the errors' means: where they are high, as on an object and not beside it, defects are.
     """
 
     name = "feature_autoencoder"
@@ -95,21 +98,27 @@ class FeatureAutoencoder(FeatureDetector):
 
     def __init__(self, config: FeatureConfig, backbone: nn.Module) -> None:
         super().__init__(config, backbone)
-        self.autoencoders = nn.ModuleList(LinearAutoencoder(channels) for channels, _, _ in self.extractor.shapes)
+        self.autoencoders = nn.ModuleList(LinearAutoencoder(*shape) for shape in self.extractor.shapes)
+
+    @property
+    def _autoencoders(self) -> list[LinearAutoencoder]:
+        return cast("list[LinearAutoencoder]", list(self.autoencoders))
 
     @torch.no_grad()
-    def fit_features(self, batches: Callable[[], Iterable[Features]]) -> None:
-        """Two passes: principal components of either half of the images and of both, then the errors of each half
-        under the components of the other. Errors of images that were fitted to would be too small, the more so the
-        coarser the level.
+    def fit_features(self, batches: Batches, generator: torch.Generator) -> None:
+        """Three passes: principal components, errors, and top means of errors.
+
+        Errors of images that were fitted to are too small, the more so the coarser the level, which would then
+        outweigh the others. So each half of the images is measured by components of the other.
         """
         halves = self._collect_moments(batches)
-        for index, (first, second) in enumerate(zip(*halves, strict=True)):
-            self.autoencoders[index].fit(first + second)
-        crossed = [[self._build(moments) for moments in half] for half in reversed(halves)]
-        self._set_scales(crossed, batches)
+        for autoencoder, first, second in zip(self._autoencoders, *halves, strict=True):
+            autoencoder.fit(first + second)
+        crossed = [self._build(moments) for moments in reversed(halves)]
+        self._standardise_errors(crossed, batches)
+        self._standardise_scores(crossed, batches)
 
-    def _collect_moments(self, batches: Callable[[], Iterable[Features]]) -> list[list[Moments]]:
+    def _collect_moments(self, batches: Batches) -> list[list[Moments]]:
         halves = [[Moments(c, self.extractor.device) for c, _, _ in self.extractor.shapes] for _ in range(2)]
         for features, is_second in _halve(batches()):
             for half, chosen in zip(halves, (~is_second, is_second), strict=True):
@@ -117,33 +126,41 @@ class FeatureAutoencoder(FeatureDetector):
                     moments.add(flatten_places(level[chosen]))
         return halves
 
-    def _build(self, moments: Moments) -> LinearAutoencoder:
-        return LinearAutoencoder(len(moments.total)).to(self.extractor.device).fit(moments)
+    def _build(self, half: list[Moments]) -> list[LinearAutoencoder]:
+        pairs = zip(self.extractor.shapes, half, strict=True)
+        return [LinearAutoencoder(*shape).to(self.extractor.device).fit(moments) for shape, moments in pairs]
 
-    def _set_scales(
-        self, crossed: list[list[LinearAutoencoder]], batches: Callable[[], Iterable[Features]]
-    ) -> None:
-        places = [Moments(1, self.extractor.device) for _ in self.autoencoders]
+    def _standardise_errors(self, crossed: list[list[LinearAutoencoder]], batches: Batches) -> None:
+        count, device = 0, self.extractor.device
+        sums = [torch.zeros(2, *shape[1:], dtype=torch.float64, device=device) for shape in self.extractor.shapes]
+        for errors in _compute_unseen_errors(crossed, batches):
+            count += len(errors[0])
+            for total, level in zip(sums, errors, strict=True):
+                total += torch.stack([level.double(), level.double().square()]).sum(dim=1)
+        for autoencoder, total in zip(self._autoencoders, sums, strict=True):
+            mean, square = F.avg_pool2d(total / count, 3, stride=1, padding=1, count_include_pad=False)
+            variance = (square - mean.square()).clamp(min=0)
+            variance_of_all = square.mean() - mean.mean().square()
+            autoencoder.error_mean = mean.float()
+            autoencoder.error_std = _get_std(variance + FLOOR * variance_of_all)
+
+    def _standardise_scores(self, crossed: list[list[LinearAutoencoder]], batches: Batches) -> None:
         tops = [Moments(1, self.extractor.device) for _ in self.autoencoders]
-        for features, is_second in _halve(batches()):
-            for half, chosen in zip(crossed, (~is_second, is_second), strict=True):
-                for index, level in enumerate(features):
-                    errors = half[index](level[chosen])
-                    places[index].add(errors.reshape(-1, 1))
-                    tops[index].add(compute_top(errors)[:, None])
-        for autoencoder, place, top in zip(self.autoencoders, places, tops, strict=True):
-            autoencoder.error_mean, autoencoder.error_std = _get_scale(place)
-            autoencoder.top_mean, autoencoder.top_std = _get_scale(top)
+        for errors in _compute_unseen_errors(crossed, batches):
+            for autoencoder, top, level in zip(self._autoencoders, tops, errors, strict=True):
+                top.add(compute_top(autoencoder.standardise(level))[:, None])
+        for autoencoder, top in zip(self._autoencoders, tops, strict=True):
+            autoencoder.top_mean = top.mean[0].float()
+            autoencoder.top_std = _get_std(top.covariance[0, 0])
 
     def score_features(self, features: Features) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch rows columns"]]:
-        levels = list(zip(self.autoencoders, features, strict=True))
-        errors = [autoencoder(level) for autoencoder, level in levels]
-        pairs = list(zip(self.autoencoders, errors, strict=True))
-        score = torch.stack([autoencoder.compute_score(error) for autoencoder, error in pairs[1:]]).mean(dim=0)
-        maps = [autoencoder.standardise(error)[:, None] for autoencoder, error in pairs[:-1]]
-        enlarged = [F.interpolate(level, maps[0].shape[2:], mode="bilinear") for level in maps]
-        blurred = gaussian_blur(torch.stack(enlarged).mean(dim=0), [BLUR_KERNEL], [BLUR_PLACES])
-        return score, blurred[:, 0]
+        levels = list(zip(self._autoencoders, features, strict=True))
+        errors = [(autoencoder, autoencoder(level)) for autoencoder, level in levels]
+        scores = [autoencoder.compute_score(error) for autoencoder, error in errors[1:]]
+        maps = [(error / autoencoder.error_std)[:, None] for autoencoder, error in errors[:-1]]
+        maps = [F.interpolate(level, maps[0].shape[2:], mode="bilinear") for level in maps]
+        blurred = gaussian_blur(torch.stack(maps).mean(dim=0), [BLUR_KERNEL] * 2, [BLUR_PLACES] * 2)
+        return torch.stack(scores).mean(dim=0), blurred[:, 0]
 
 
 def _halve(batches: Iterable[Features]) -> Iterator[tuple[Features, Bool[Tensor, " batch"]]]:
@@ -155,8 +172,15 @@ def _halve(batches: Iterable[Features]) -> Iterator[tuple[Features, Bool[Tensor,
         yield features, positions % 2 == 1
 
 
-def _get_scale(moments: Moments) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of single values; 1 where all are alike."""
-    variance = moments.covariance[0, 0]
-    std = torch.where(variance > 0, variance, torch.ones_like(variance)).sqrt()
-    return moments.mean[0].float(), std.float()
+def _compute_unseen_errors(
+    crossed: list[list[LinearAutoencoder]], batches: Batches
+) -> Iterator[list[Float[Tensor, "batch _rows _columns"]]]:
+    """Each level's errors of each half under the autoencoders that were fitted to the other."""
+    for features, is_second in _halve(batches()):
+        for half, chosen in zip(crossed, (~is_second, is_second), strict=True):
+            yield [autoencoder(level[chosen]) for autoencoder, level in zip(half, features, strict=True)]
+
+
+def _get_std(variance: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """1 where all values are alike."""
+    return torch.where(variance > 0, variance, torch.ones_like(variance)).sqrt().float()

@@ -1,36 +1,60 @@
 """PaDiM: a Gaussian of the features at each place (Defard et al., 2021, arXiv:2011.08785)."""
 
-from collections.abc import Callable, Iterable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from loupe.models.detectors.base import FeatureDetector
+from loupe.models.detectors.base import Batches, FeatureDetector
 from loupe.models.detectors.features import FeatureConfig, Features, concatenate_levels
 
-MOST_CHANNELS = 100  # drawn at random, as in the paper
-RIDGE = 0.01  # added to each variance, as in the paper
-BLUR_KERNEL = 9
+# As in the paper: the levels but the coarsest, channels drawn at random, and what is added to each variance.
+NUM_LEVELS, NUM_CHANNELS, RIDGE = 3, 100, 0.01
+BLUR_PLACES, BLUR_KERNEL = 1.0, 9
 
 
 class Padim(FeatureDetector):
-    """The map is the Mahalanobis distance of each place to its own Gaussian; the score is the largest distance."""
+    """The map is the Mahalanobis distance of each place to its own Gaussian, the score the largest of an image."""
 
     name = "padim"
     least_images = 10
 
-    channels: Tensor
+    chosen: Tensor
     mean: Tensor
     whitening: Tensor
 
     def __init__(self, config: FeatureConfig, backbone: nn.Module) -> None:
         super().__init__(config, backbone)
-        total = sum(channels for channels, _, _ in self.extractor.shapes[:-1])
+        self.num_channels = sum(channels for channels, _, _ in self.extractor.shapes[:NUM_LEVELS])
         _, rows, columns = self.extractor.shapes[0]
-        kept = min(MOST_CHANNELS, total)
-        self.register_buffer("channels", torch.arange(kept))
-        self.register_buffer("mean", torch.zeros(rows * columns, kept))
-        self.register_buffer("whitening", torch.zeros(rows * columns, kept, kept))
-        self.num_channels = total
+        num_chosen = min(NUM_CHANNELS, self.num_channels)
+        self.register_buffer("chosen", torch.arange(num_chosen))
+        self.register_buffer("mean", torch.zeros(rows * columns, num_chosen))
+        self.register_buffer("whitening", torch.zeros(rows * columns, num_chosen, num_chosen))
+
+    @torch.no_grad()
+    def fit_features(self, batches: Batches, generator: torch.Generator) -> None:
+        """One pass. The sums are in float32, whose error is far below RIDGE: they are the largest thing in memory."""
+        device = self.extractor.device
+        self.chosen = torch.randperm(self.num_channels, generator=generator)[: len(self.chosen)].to(device)
+        count, total, outer = 0, torch.zeros_like(self.mean), torch.zeros_like(self.whitening)
+        for features in batches():
+            places = self._select(features)
+            count += len(places)
+            total += places.sum(dim=0)
+            outer += torch.einsum("npc,npd->pcd", places, places)
+        self.mean = total / count
+        covariance = (outer - count * self.mean[:, :, None] * self.mean[:, None, :]) / (count - 1)
+        ridge = RIDGE * torch.eye(len(self.chosen), device=device)
+        factor = torch.linalg.cholesky(covariance + ridge)
+        self.whitening = torch.linalg.solve_triangular(factor, torch.eye(len(self.chosen), device=device), upper=False)
+
+    def _select(self, features: Features) -> Float[Tensor, "batch num_places channels"]:
+        levels = concatenate_levels(features[:NUM_LEVELS]).index_select(1, self.chosen)
+        return levels.flatten(2).transpose(1, 2)
+
+    def score_features(self, features: Features) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch rows columns"]]:
+        whitened = torch.einsum("pcd,npd->npc", self.whitening, self._select(features) - self.mean)
+        distances = whitened.square().sum(dim=2).sqrt().unflatten(1, features[0].shape[2:])
+        maps = gaussian_blur(distances[:, None], [BLUR_KERNEL] * 2, [BLUR_PLACES] * 2)[:, 0]
+        return maps.amax(dim=(1, 2)), maps

@@ -1,0 +1,54 @@
+"""PatchCore's idea: the distance to the nearest of many normal patches (Roth et al., 2022, arXiv:2106.08265).
+
+The patches are drawn at random and not by PatchCore's greedy search, which takes most of its time.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import gaussian_blur
+
+from loupe.models.detectors.base import Batches, FeatureDetector
+from loupe.models.detectors.features import FeatureConfig, Features, concatenate_levels
+from loupe.models.detectors.moments import flatten_places
+
+LEVELS = slice(1, 3)  # strides 8 and 16, as in the paper
+BANK_SIZE = 4096
+BLUR_PLACES, BLUR_KERNEL = 0.5, 5
+
+
+class KnnPatches(FeatureDetector):
+    """The map is the distance of each place to the nearest patch of the bank, the score the largest of an image."""
+
+    name = "knn_patches"
+
+    bank: Tensor
+
+    def __init__(self, config: FeatureConfig, backbone: nn.Module) -> None:
+        super().__init__(config, backbone)
+        channels = sum(channels for channels, _, _ in self.extractor.shapes[LEVELS])
+        self.register_buffer("bank", torch.zeros(BANK_SIZE, channels))
+
+    @torch.no_grad()
+    def fit_features(self, batches: Batches, generator: torch.Generator) -> None:
+        """One pass: each patch gets a random number, and those with the smallest make the bank.
+
+        Where there are fewer patches than the bank holds they are repeated, which changes no distance.
+        """
+        bank, keys = self.bank[:0], torch.empty(0, device=self.bank.device)
+        for features in batches():
+            patches = flatten_places(concatenate_levels(features[LEVELS]))
+            drawn = torch.rand(len(patches), generator=generator).to(keys.device)
+            keys, order = torch.cat([keys, drawn]).sort()
+            keys, bank = keys[:BANK_SIZE], torch.cat([bank, patches])[order[:BANK_SIZE]]
+        self.bank = bank[torch.arange(BANK_SIZE, device=bank.device) % len(bank)]
+
+    def score_features(self, features: Features) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch rows columns"]]:
+        levels = concatenate_levels(features[LEVELS])
+        patches = levels.flatten(2).transpose(1, 2)
+        squares = patches.square().sum(dim=2, keepdim=True) + self.bank.square().sum(dim=1)
+        nearest = (squares - 2 * patches @ self.bank.T).amin(dim=2).clamp(min=0).sqrt()  # rounding may fall below 0
+        maps = gaussian_blur(nearest.unflatten(1, levels.shape[2:])[:, None], [BLUR_KERNEL] * 2, [BLUR_PLACES] * 2)[
+            :, 0
+        ]
+        return nearest.amax(dim=1), maps

@@ -1,0 +1,173 @@
+import numpy as np
+import pytest
+import torch
+
+from loupe.errors import ConfigError, DataError
+from loupe.models.classifiers import get_data_config
+from loupe.models.detectors.base import detect, fit_detector, save_detector
+from loupe.models.detectors.family import build_detector, load_detector
+from loupe.models.detectors.feature_autoencoder import TOP_PART, LinearAutoencoder, compute_top
+from loupe.models.detectors.features import FeatureConfig
+from loupe.models.detectors.moments import Moments, flatten_places
+from loupe.models.files import load_config
+
+SIZE = (64, 96)
+
+
+def config_of(crop=SIZE, size=SIZE, backbone="tf_efficientnet_lite0"):
+    data = get_data_config(backbone)
+    return FeatureConfig(backbone, crop, size, data.mean, data.std)
+
+
+def draw_stripes(num_images, seed=0, size=SIZE):
+    """Grey diagonal stripes with noise, of any phase."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
+    phase = 6.3 * torch.rand(num_images, 1, 1, generator=generator)
+    noise = 8 * torch.randn(num_images, *size, generator=generator)
+    return (120 + 50 * torch.sin((rows + columns) / 3 + phase) + noise).clamp(0, 255).to(torch.uint8)[:, None]
+
+
+def spoil(images):
+    """A flat square, 16 pixels wide, its corner at (24, 56)."""
+    spoiled = images.clone()
+    spoiled[:, :, 24:40, 56:72] = 120
+    return spoiled
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    detector = build_detector("feature_autoencoder", config_of(), "package")
+    fit_detector(detector, draw_stripes(24).split(8), seed=0)
+    return detector
+
+
+def test_scores_and_maps_have_the_shape_of_the_images(fitted):
+    scores, maps = detect(fitted, draw_stripes(5, seed=1), batch_size=2)
+    assert scores.shape == (5,)
+    assert maps.shape == (5, *SIZE)
+
+
+def test_a_defect_scores_above_all_normal_images_and_is_found_where_it_is(fitted):
+    normal = draw_stripes(12, seed=1)
+    normal_scores, _ = detect(fitted, normal)
+    scores, maps = detect(fitted, spoil(normal))
+    assert scores.min() > normal_scores.max()
+    rows, columns = np.unravel_index(maps.flatten(1).argmax(dim=1).numpy(), SIZE)
+    assert ((rows >= 20) & (rows < 44)).all()
+    assert ((columns >= 52) & (columns < 76)).all()
+
+
+def test_scores_do_not_depend_on_the_batch(fitted):
+    images = draw_stripes(5, seed=1)
+    whole, single = detect(fitted, images), detect(fitted, images, batch_size=1)
+    torch.testing.assert_close(whole, single, rtol=1e-3, atol=1e-3)
+
+
+def test_normal_images_it_has_not_seen_score_about_as_those_it_was_standardised_by(fitted):
+    scores, _ = detect(fitted, draw_stripes(48, seed=2))
+    assert -1.5 < scores.mean() < 0.5  # it was fitted to twice as many as either half
+    assert 0.2 < scores.std() < 2
+
+
+def test_a_fit_does_not_depend_on_the_batches_or_on_what_memory_keeps(fitted):
+    other = build_detector("feature_autoencoder", config_of(), "package")
+    fit_detector(other, draw_stripes(24).split(7), seed=1, most_bytes=0)
+    images = draw_stripes(4, seed=1)
+    torch.testing.assert_close(detect(other, images), detect(fitted, images), rtol=1e-2, atol=1e-2)
+
+
+def test_a_saved_detector_gives_the_same_scores_and_maps(fitted, tmp_path):
+    save_detector(fitted, {"threshold": 0.25}, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert load_config(tmp_path)["threshold"] == 0.25
+    images = draw_stripes(3, seed=1)
+    torch.testing.assert_close(detect(load_detector(tmp_path), images), detect(fitted, images))
+
+
+def test_small_images_are_enlarged_for_the_backbone_and_maps_keep_their_size():
+    detector = build_detector("feature_autoencoder", config_of(crop=(28, 28), size=(64, 64)), "package")
+    images = draw_stripes(10, size=(28, 28))
+    fit_detector(detector, [images], seed=0)
+    assert detect(detector, images)[1].shape == (10, 28, 28)
+
+
+def test_training_mode_does_not_change_the_frozen_backbone(fitted):
+    images = draw_stripes(3, seed=1)
+    before = detect(fitted, images)
+    fitted.train()
+    assert not fitted.extractor.backbone.training
+    torch.testing.assert_close(detect(fitted, images), before)
+
+
+def test_the_error_is_that_of_the_reconstruction_from_the_principal_components():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.diag(torch.tensor([5.0, 2.0, 0.5, 0.1])) @ torch.randn(4, 4, generator=generator)
+    level = torch.einsum("nchw,cd->ndhw", torch.randn(6, 4, 5, 7, generator=generator), mixing) + 3
+    moments = Moments(4, torch.device("cpu"))
+    moments.add(flatten_places(level))
+    autoencoder = LinearAutoencoder(4, 5, 7).fit(moments)
+    vectors = flatten_places(level).double().numpy()
+    centred = vectors - vectors.mean(axis=0)
+    _, singular, directions = np.linalg.svd(centred, full_matrices=False)
+    num_kept = 1 + int((np.cumsum(singular**2) < 0.98 * (singular**2).sum()).sum())
+    assert int(autoencoder.is_kept.sum()) == num_kept
+    rebuilt = centred @ directions[:num_kept].T @ directions[:num_kept]
+    expected = ((centred - rebuilt) ** 2).sum(axis=1)
+    np.testing.assert_allclose(autoencoder(level).flatten().numpy(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_moments_of_parts_add_up_to_those_of_the_whole():
+    vectors = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)) + 10
+    first, second = Moments(3, vectors.device), Moments(3, vectors.device)
+    first.add(vectors[:20])
+    second.add(vectors[20:])
+    both = first + second
+    np.testing.assert_allclose(both.mean.numpy(), vectors.double().mean(dim=0).numpy())
+    np.testing.assert_allclose(both.covariance.numpy(), np.cov(vectors.double().numpy().T, bias=True))
+
+
+def test_the_top_of_an_image_is_the_mean_of_its_largest_errors():
+    errors = torch.arange(200.0).reshape(1, 10, 20)
+    assert compute_top(errors).item() == errors.flatten().topk(round(TOP_PART * 200)).values.mean().item()
+    assert compute_top(errors[:, :2, :2]).item() == 21
+
+
+def test_images_that_are_all_alike_leave_finite_scores():
+    detector = build_detector("feature_autoencoder", config_of(), "package")
+    images = draw_stripes(1).repeat(10, 1, 1, 1)
+    fit_detector(detector, [images], seed=0)
+    scores, maps = detect(detector, images)
+    assert scores.isfinite().all()
+    assert maps.isfinite().all()
+
+
+def test_too_few_normal_images_are_refused_with_how_many_are_needed():
+    detector = build_detector("feature_autoencoder", config_of(), "package")
+    with pytest.raises(DataError, match="needs at least 10 normal images to be fitted, got 9"):
+        fit_detector(detector, [draw_stripes(9)], seed=0)
+
+
+def test_an_input_too_small_for_the_coarsest_level_is_refused():
+    with pytest.raises(ConfigError, match="at least 64 x 64 pixels, got 32 x 48: choose a larger input size"):
+        build_detector("feature_autoencoder", config_of(crop=(32, 48), size=(32, 48)), "package")
+
+
+def test_an_unknown_detector_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match="must be one of feature_autoencoder, padim, knn_patches; got 'padime'"):
+        build_detector("padime", config_of(), "package")
+
+
+def test_the_exported_graph_gives_the_same_scores_and_maps_for_any_batch(fitted, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.onnx.export(
+        fitted.eval(), (draw_stripes(2),), dynamo=True, verbose=False, dynamic_shapes={"images": {0: batch}}
+    )
+    program.save(str(tmp_path / "model.onnx"))
+    images = draw_stripes(3, seed=1)
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    scores, maps = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    expected_scores, expected_maps = detect(fitted, images)
+    np.testing.assert_allclose(scores, expected_scores.numpy(), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(maps, expected_maps.numpy(), rtol=1e-2, atol=1e-2)
