@@ -6,6 +6,7 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
 from loupe.data.loading import PreparedDataset
+from loupe.data.transforms import build_augmentation
 from loupe.errors import ConfigError
 from loupe.models.classifiers import ClassifierConfig, build_classifier, predict_probabilities
 from loupe.models.detectors.autoencoder import Autoencoder, AutoencoderConfig, compute_scores
@@ -249,7 +250,9 @@ def test_lightning_tells_the_sampler_each_epoch_so_that_none_augments_like_anoth
             epochs.append({epoch for epoch, _ in keys})
             return super().__getitems__(keys)
 
-    watched = Watched(bright_and_dark.images, bright_and_dark.rows, np.zeros(NUM_IMAGES, np.int64), None, seed=0)
+    one_at_a_time = build_augmentation([{"name": "RandomBrightnessContrast"}])
+    targets = np.zeros(NUM_IMAGES, np.int64)
+    watched = Watched(bright_and_dark.images, bright_and_dark.rows, targets, one_at_a_time, seed=0)
     autoencoder = Autoencoder(AutoencoderConfig(3, 4, 2, (32, 32), (32, 32)))
     train_autoencoder(
         autoencoder,

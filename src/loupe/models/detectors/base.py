@@ -15,7 +15,7 @@ from loupe.errors import DataError
 from loupe.models.detectors.features import FeatureConfig, FeatureExtractor, Features
 from loupe.models.files import save_model
 
-Images = Iterable[UInt8[Tensor, "batch channels height width"]]
+Images = Iterable[UInt8[Tensor, "_batch channels height width"]]
 Batches = Callable[[], Iterable[Features]]
 
 
