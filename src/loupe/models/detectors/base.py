@@ -63,7 +63,7 @@ class FeatureDetector(Detector):
         return scores, F.interpolate(maps[:, None], images.shape[2:], mode="bilinear")[:, 0]
 
 
-def fit_detector(detector: FeatureDetector, images: Images, seed: int, most_bytes: int = 1 << 30) -> None:
+def fit_detector(detector: FeatureDetector, images: Images, seed: int, most_bytes: int = 1 << 29) -> None:
     """Fit to normal images, on the detector's device.
 
     Args:
