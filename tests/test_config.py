@@ -70,8 +70,8 @@ def test_an_unknown_key_that_resembles_none_lists_the_known_keys(values):
 
 
 def test_a_missing_key_is_named(values):
-    del values["train_detector"]["patience"]
-    assert message_of(values) == "params.yaml: train_detector.patience is missing"
+    del values["train_detector"]["autoencoder"]["patience"]
+    assert message_of(values) == "params.yaml: train_detector.autoencoder.patience is missing"
 
 
 def test_a_missing_section_is_named(values):
@@ -110,7 +110,11 @@ def test_a_value_of_the_wrong_type_is_one_sentence_with_the_key_and_what_came(va
         ("validate.min_side", 0, "validate.min_side must be greater than 0, got 0"),
         ("validate.max_aspect", 0.5, "validate.max_aspect must be greater than or equal to 1, got 0.5"),
         ("train_classifier.label_smoothing", 1, "train_classifier.label_smoothing must be less than 1, got 1"),
-        ("train_detector.false_alarm_rate", 1, "train_detector.false_alarm_rate must be less than 1, got 1"),
+        (
+            "train_detector.false_alarm_rate",
+            1,
+            "train_detector.false_alarm_rate must be less than 1 or 'auto', got 1",
+        ),
         ("promote.detector.margin", -0.1, "promote.detector.margin must be greater than or equal to 0, got -0.1"),
     ],
 )

@@ -17,6 +17,8 @@ from loupe.errors import ConfigError
 
 Auto = Literal["auto"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Side = Annotated[int, Field(ge=16, le=2048)]
@@ -84,7 +86,7 @@ class PrepareTask(Section):
 
 
 class PrepareDetector(PrepareTask):
-    """The same for the autoencoder, which halves its input three times."""
+    """The same for the detector; the autoencoders of pixels halve their input three times."""
 
     input_size: CodedSide | Annotated[list[CodedSide], Field(min_length=2, max_length=2)] | Auto
 
@@ -141,17 +143,73 @@ class TrainClassifier(Section):
         return self
 
 
-class TrainDetector(Section):
-    """The undercomplete autoencoder and its threshold at a stated rate of false alarms."""
+class AutoencoderKnobs(Section):
+    """Of every detector that is trained; `width`, `latent_channels` and `loss` of those that rebuild pixels."""
 
-    model: Literal["autoencoder"]
     width: PositiveInt
     latent_channels: PositiveInt
+    loss: Literal["mse", "ssim", "ms_ssim"]
     epochs: PositiveInt | Auto
     batch_size: PositiveInt | Auto
     learning_rate: PositiveFloat
     patience: PositiveInt
-    false_alarm_rate: Annotated[float, Field(gt=0, lt=1)]
+
+
+class DenoisingKnobs(Section):
+    """How images are corrupted: standard deviation of the noise, and the chance of masked blocks and of defects."""
+
+    noise: NotNegative
+    masked: Probability
+    defects: Probability
+
+
+class VaeKnobs(Section):
+    """The weight of the KL divergence, the part of the training in which it grows, and what an image is scored by."""
+
+    beta: NotNegative
+    warm_up: Probability
+    score: Literal["reconstruction", "kl", "elbo"]
+
+
+class Costs(Section):
+    """What a false alarm and a miss cost, in any one unit, and how many of the images to come are anomalous."""
+
+    false_alarm: PositiveFloat
+    miss: PositiveFloat
+    anomalous_fraction: OpenFraction
+
+
+PIXEL_DETECTORS = ("autoencoder", "denoising_autoencoder", "vae")
+CLOSED_FORM_DETECTORS = ("feature_autoencoder", "padim", "knn_patches")
+
+
+class TrainDetector(Section):
+    """A detector by name with the knobs of its kind, and its threshold at a stated rate of false alarms."""
+
+    model: Literal[
+        "feature_autoencoder", "deep_feature_autoencoder", "padim", "knn_patches",
+        "autoencoder", "denoising_autoencoder", "vae",
+    ]  # fmt: skip
+    backbone: str
+    weights: str
+    tiles: PositiveInt
+    tile_overlap: Fraction
+    feature_gigabytes: PositiveFloat
+    false_alarm_rate: OpenFraction | Literal["auto", "by_cost"]
+    costs: Costs
+    autoencoder: AutoencoderKnobs
+    denoising: DenoisingKnobs
+    vae: VaeKnobs
+
+    @property
+    def rebuilds_pixels(self) -> bool:
+        """Whether it looks at pixels, and not at a backbone's features."""
+        return self.model in PIXEL_DETECTORS
+
+    @property
+    def is_closed_form(self) -> bool:
+        """Whether it is fitted without epochs."""
+        return self.model in CLOSED_FORM_DETECTORS
 
 
 class EvaluateClassifier(Section):
@@ -167,14 +225,22 @@ class EvaluateDetector(Section):
 
 
 class PromoteTask(Section):
-    """A version below `floor` is never promoted; a later one must beat the champion by more than `margin`."""
+    """What a new version must reach, and how a later one is compared with the champion on the same images.
+
+    `worst_floor` is for the class or kind of defect that does worst; `margin` is what the champion must be surpassed by,
+    with this `confidence`; latency and size may grow by these factors.
+    """
 
     floor: float
+    worst_floor: float
     margin: Annotated[float, Field(ge=0)]
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+    max_latency_growth: PositiveFloat
+    max_size_growth: PositiveFloat
 
 
 class Promote(Section):
-    """The floors of promotion: accuracy for the classifier, image AUROC for the detector."""
+    """The rules of promotion: accuracy and recall for the classifier, image AUROC for the detector."""
 
     classifier: PromoteTask
     detector: PromoteTask

@@ -5,7 +5,14 @@ import pytest
 from PIL import Image
 
 from loupe.data.images import Geometry, fit_image, open_image
-from loupe.data.prepare import choose_classifier_geometry, choose_detector_geometry, load_prepared, prepare_images
+from loupe.data.prepare import (
+    FEATURES,
+    PIXELS,
+    choose_classifier_geometry,
+    choose_detector_geometry,
+    load_prepared,
+    prepare_images,
+)
 from loupe.errors import DataError
 
 
@@ -57,31 +64,40 @@ def test_a_size_and_a_fit_that_are_asked_for_are_taken(rows_of):
 
 
 def test_28_pixels_are_rebuilt_at_32(rows_of):
-    geometry = choose_detector_geometry(rows_of(28, 28, "L"), None, None)
+    geometry = choose_detector_geometry(rows_of(28, 28, "L"), PIXELS, None, None)
     assert geometry == Geometry(28, 28, 1, 28, 28, 32, 32, "squash", "bilinear")
 
 
 def test_500_pixels_are_rebuilt_at_128_and_keep_their_borders(rows_of):
-    geometry = choose_detector_geometry(rows_of(500, 500), None, None)
+    geometry = choose_detector_geometry(rows_of(500, 500), PIXELS, None, None)
     assert geometry == Geometry(128, 128, 3, 128, 128, 128, 128, "squash", "bilinear")
 
 
-@pytest.mark.parametrize("side", [8, 28, 33, 64, 65, 127, 500])
-def test_a_detectors_own_choice_is_a_multiple_of_16(rows_of, side):
-    geometry = choose_detector_geometry(rows_of(side, side), None, None)
-    assert geometry.input_height % 16 == 0
-    assert 32 <= geometry.input_height <= 128
+def test_features_of_small_images_are_taken_at_twice_their_side(rows_of):
+    geometry = choose_detector_geometry(rows_of(100, 100), FEATURES, None, None)
+    assert geometry == Geometry(100, 100, 3, 100, 100, 192, 192, "squash", "bilinear")
+
+
+@pytest.mark.parametrize("canvas", [PIXELS, FEATURES])
+@pytest.mark.parametrize("size", [(8, 8), (28, 28), (33, 65), (127, 64), (500, 500), (640, 480), (3000, 300)])
+def test_a_detectors_own_choice_keeps_to_its_canvas_and_nearly_to_the_shape(rows_of, canvas, size):
+    geometry = choose_detector_geometry(rows_of(*size), canvas, None, None)
+    seen = geometry.input_width, geometry.input_height
+    assert all(side % canvas.multiple == 0 and side >= canvas.smallest for side in seen)
+    assert seen[0] * seen[1] <= 1.25 * canvas.largest**2
+    if min(seen) > canvas.smallest:
+        assert 0.75 < (seen[0] / seen[1]) / (size[0] / size[1]) < 1.35
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("1", 1), ("LA", 1), ("I;16", 1), ("RGB", 3), ("P", 3)])
 def test_grey_modes_need_one_channel(rows_of, mode, channels):
-    assert choose_detector_geometry(rows_of(28, 28, mode), None, None).channels == channels
+    assert choose_detector_geometry(rows_of(28, 28, mode), PIXELS, None, None).channels == channels
 
 
 def test_one_image_in_colour_asks_for_three_channels(rows_of):
     rows = rows_of(28, 28, "L")
     rows.loc[3, "mode"] = "RGB"
-    assert choose_detector_geometry(rows, None, None).channels == 3
+    assert choose_detector_geometry(rows, PIXELS, None, None).channels == 3
 
 
 @pytest.fixture

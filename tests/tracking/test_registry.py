@@ -8,7 +8,8 @@ from PIL import Image
 
 from loupe.data.images import Geometry
 from loupe.models.classifiers import ClassifierConfig, build_classifier, save_classifier
-from loupe.models.detectors.autoencoder import Autoencoder, AutoencoderConfig, save_autoencoder
+from loupe.models.detectors.autoencoder import Autoencoder, AutoencoderConfig
+from loupe.models.detectors.base import save_detector
 from loupe.tracking import registry
 from loupe.tracking.runs import connect, start_run
 
@@ -39,7 +40,7 @@ def save_small_classifier(folder):
 
 def save_small_detector(folder):
     autoencoder = Autoencoder(AutoencoderConfig(3, 4, 2, (32, 32), (32, 32)))
-    save_autoencoder(autoencoder, {"geometry": GEOMETRY.to_json(), "threshold": 0.05}, folder)
+    save_detector(autoencoder, {"geometry": GEOMETRY.to_json(), "threshold": 0.05}, folder)
     return folder
 
 

@@ -9,7 +9,8 @@ from loupe.data.loading import PreparedDataset
 from loupe.data.transforms import build_augmentation
 from loupe.errors import ConfigError
 from loupe.models.classifiers import ClassifierConfig, build_classifier, predict_probabilities
-from loupe.models.detectors.autoencoder import Autoencoder, AutoencoderConfig, compute_scores
+from loupe.models.detectors.autoencoder import Autoencoder, AutoencoderConfig
+from loupe.models.detectors.base import detect
 from loupe.models.files import load_weights
 from loupe.models.optimization import build_optimizer, check_optimizer
 from loupe.training.checkpoints import SafetensorsIO, read_epoch
@@ -21,7 +22,7 @@ from loupe.training.classifier import (
     compute_targets,
     train_network,
 )
-from loupe.training.detector import Reconstruction, train_autoencoder
+from loupe.training.detector import Reconstruction, train_detector
 from loupe.training.trainer import Schedule, choose_batch_size, choose_epochs
 
 NUM_IMAGES = 48
@@ -235,10 +236,10 @@ def test_an_autoencoder_scores_what_it_never_saw_higher(bright_and_dark, tmp_pat
     half = NUM_IMAGES // 2
     dark = PreparedDataset(bright_and_dark.images, np.arange(half), np.zeros(half, np.int64), None, seed=0)
     autoencoder = Autoencoder(AutoencoderConfig(3, 4, 2, (32, 32), (32, 32)))
-    train_autoencoder(
+    train_detector(
         autoencoder, dark, dark, Reconstruction(Schedule(8, 8, "32-true"), 8, 0.01), tmp_path, lambda *_: None
     )
-    scores = compute_scores(autoencoder.eval(), torch.from_numpy(bright_and_dark.images).permute(0, 3, 1, 2))
+    scores, _ = detect(autoencoder.eval(), torch.from_numpy(bright_and_dark.images).permute(0, 3, 1, 2))
     assert scores[half:].min() > scores[:half].max()
 
 
@@ -254,7 +255,7 @@ def test_lightning_tells_the_sampler_each_epoch_so_that_none_augments_like_anoth
     targets = np.zeros(NUM_IMAGES, np.int64)
     watched = Watched(bright_and_dark.images, bright_and_dark.rows, targets, one_at_a_time, seed=0)
     autoencoder = Autoencoder(AutoencoderConfig(3, 4, 2, (32, 32), (32, 32)))
-    train_autoencoder(
+    train_detector(
         autoencoder,
         watched,
         bright_and_dark,

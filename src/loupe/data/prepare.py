@@ -2,14 +2,15 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from numpy.lib.format import open_memmap
 
 from loupe.data.images import GREY_MODES, Fit, Geometry, fit_image, open_image
@@ -19,10 +20,32 @@ IN_MEMORY_BYTES = 1 << 30
 ELONGATED = 1.6  # above this aspect a central crop would lose too much
 SMALLEST_INPUT = 64  # a stride of 32 leaves a 2x2 map of it
 Size = tuple[int, int]  # height and width in pixels
-SMALLEST_RECONSTRUCTION, LARGEST_RECONSTRUCTION = 32, 128
-
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """How large a detector looks at images, in pixels: `smallest` is of each side, `largest` of a square as large.
+
+    Images are shown at `scale` times their own size within these, with sides that are multiples of `multiple`.
+    """
+
+    smallest: int
+    largest: int
+    scale: int
+    multiple: int
+
+    def choose_size(self, side: int, aspect: float) -> Size:
+        """Height and width for images of that shorter side and that height by width."""
+        square = min(self.largest, max(self.smallest, self.scale * side))
+        lengths = (square * math.sqrt(aspect), square / math.sqrt(aspect))
+        height, width = (max(self.smallest, round(length / self.multiple) * self.multiple) for length in lengths)
+        return height, width
+
+
+# The pixels that autoencoders rebuild, and the pixels of which a backbone's features are taken.
+PIXELS, FEATURES = Canvas(32, 128, 1, 16), Canvas(64, 320, 2, 32)
 
 
 @dataclass(frozen=True)
@@ -40,6 +63,13 @@ class Prepared:
     def rows_of(self, split: str) -> np.ndarray:
         """Positions of a split's images."""
         return np.flatnonzero(self.index["split"].eq(split))
+
+    def read_batches(
+        self, rows: Int64[np.ndarray, " num_images"], batch_size: int
+    ) -> Iterator[UInt8[np.ndarray, "batch channels height width"]]:
+        """The images at these rows in batches, channels first, as networks take them."""
+        for start in range(0, len(rows), batch_size):
+            yield np.ascontiguousarray(self.images[rows[start : start + batch_size]].transpose(0, 3, 1, 2))
 
 
 def choose_classifier_geometry(
@@ -74,12 +104,17 @@ def choose_classifier_geometry(
     return _build_geometry(rows, prepared, crop, input_size, fit, interpolation)
 
 
-def choose_detector_geometry(rows: pd.DataFrame, input_size: Size | None, fit: Fit | None) -> Geometry:
-    """All of the image is kept, as defects may lie at a border; the side is a multiple of 16, at most 128 by itself."""
+def choose_detector_geometry(rows: pd.DataFrame, canvas: Canvas, input_size: Size | None, fit: Fit | None) -> Geometry:
+    """All of the image is kept, as defects may lie at a border, and nearly its shape: the median of the images'.
+
+    Args:
+        rows: manifest rows of the images that it is fitted to; width, height and mode are looked at.
+        canvas: what the detector's own choice of a size keeps to.
+        input_size: height and width of the network's input; None chooses.
+        fit: None squashes, which hardly shows where images are shaped alike.
+    """
     side = _compute_side(rows)
-    if input_size is None:
-        chosen = min(LARGEST_RECONSTRUCTION, max(SMALLEST_RECONSTRUCTION, -(-side // 16) * 16))
-        input_size = (chosen, chosen)
+    input_size = input_size or canvas.choose_size(side, (rows["height"] / rows["width"]).median())
     prepared = _shrink(input_size, side)
     return _build_geometry(rows, prepared, prepared, input_size, fit or "squash", "bilinear")
 

@@ -2,7 +2,7 @@
 
 import logging
 
-from loupe.config import Params
+from loupe.config import Params, Policy
 from loupe.data.prepare import load_prepared
 from loupe.data.sheets import draw_rows
 from loupe.data.transforms import augment_versions, build_augmentation, choose_policy
@@ -19,7 +19,7 @@ def augment(params: Params) -> None:
         if (PREPARED / task / SKIPPED).exists():
             continue
         prepared = load_prepared(PREPARED / task)
-        name, specs = choose_policy(getattr(params.augment, task), task, prepared.geometry)
+        name, specs = choose_policy(_read_policy(params, task), task, prepared.geometry)
         augmentation = build_augmentation(specs)
         train = prepared.index.loc[prepared.rows_of("train")]
         num_each = -(-NUM_ORIGINALS // train["label"].nunique())
@@ -30,6 +30,12 @@ def augment(params: Params) -> None:
         draw_rows(rows).save(AUGMENT / task / CONTACT_SHEET)
         save_json({"policy": name, "transforms": specs}, AUGMENT / task / POLICY)
         log.info("%s: policy %s (%s)", task, name, ", ".join(spec["name"] for spec in specs) or "no transforms")
+
+
+def _read_policy(params: Params, task: str) -> Policy:
+    """A detector in closed form knows images as they are, and nothing is overfitted by it."""
+    policy: Policy = getattr(params.augment, task)
+    return "none" if task == "detector" and policy == "auto" and params.train_detector.is_closed_form else policy
 
 
 if __name__ == "__main__":

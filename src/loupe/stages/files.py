@@ -27,6 +27,7 @@ REPORTS = Path("reports")
 PROMOTION = REPORTS / "promotion.json"
 SUMMARY = REPORTS / "summary.json"
 SKIPPED, RUN, HISTORY = "skipped.json", "run.json", "history.csv"
+CALIBRATION = "calibration_scores.parquet"
 POLICY, CONTACT_SHEET = "policy.json", "contact_sheet.png"
 
 

@@ -8,7 +8,13 @@ import pandas as pd
 from loupe.config import Params, PrepareTask
 from loupe.data.images import Geometry
 from loupe.data.manifest import load_table
-from loupe.data.prepare import choose_classifier_geometry, choose_detector_geometry, prepare_images
+from loupe.data.prepare import (
+    FEATURES,
+    PIXELS,
+    choose_classifier_geometry,
+    choose_detector_geometry,
+    prepare_images,
+)
 from loupe.data.split import Tasks, load_tasks
 from loupe.models.classifiers import get_data_config
 from loupe.models.input_size import check_input_size
@@ -55,7 +61,8 @@ def _choose_geometry(params: Params, task: str, rows: pd.DataFrame) -> Geometry:
     input_size = _read_size(section.input_size)
     fit = None if section.fit == "auto" else section.fit
     if task == "detector":
-        return choose_detector_geometry(rows, input_size, fit)
+        canvas = PIXELS if params.train_detector.rebuilds_pixels else FEATURES
+        return choose_detector_geometry(rows[rows["split"].eq("train")], canvas, input_size, fit)
     native = get_data_config(params.train_classifier.backbone)
     return choose_classifier_geometry(
         rows, input_size, fit, native.input_size, native.crop_fraction, native.interpolation

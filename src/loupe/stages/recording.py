@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
 
 from loupe.config import Params
 from loupe.data.manifest import compute_data_digest, load_table
@@ -31,15 +33,16 @@ from loupe.stages.files import (
 )
 from loupe.tracking.registry import log_model
 from loupe.tracking.runs import connect, log_dataset, log_results, start_run
-from loupe.training.classifier import Recipe
-from loupe.training.detector import Reconstruction
-from loupe.training.trainer import LAST, History
+from loupe.training.trainer import LAST
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 NUM_EXAMPLES = 2  # one alone could freeze a batch size of one into a model
 
 
 @contextmanager
-def record_training(task: str, params: Params, recipe: Recipe | Reconstruction) -> Iterator[str]:
+def record_training(task: str, params: Params, recipe: "DataclassInstance") -> Iterator[str]:
     """An MLflow run around one training of `task`; gives its id. `recipe` says what `auto` became."""
     data_set = load_data_set()
     client = connect(data_set.name)
@@ -73,10 +76,10 @@ def open_memory(task: str, facts: Mapping[str, Any]) -> Iterator[Path]:
     shutil.rmtree(memory)
 
 
-def finish_recording(task: str, run_id: str, history: History) -> None:
+def finish_recording(task: str, run_id: str, history: pd.DataFrame) -> None:
     """Write history.csv, log the model to the active run, and write run.json beside the model."""
     folder = MODELS / task
-    history.to_table().to_csv(folder / HISTORY, index=False)
+    history.to_csv(folder / HISTORY, index=False)
     model_uri = log_model(folder, _choose_examples(task, load_data_set()))
     save_json({"run_id": run_id, "model_uri": model_uri}, folder / RUN)
 

@@ -73,7 +73,7 @@ def train_classifier(params: Params) -> None:
             "weights": describe_source(section.backbone, weights),
         }
         save_classifier(classifier, extra, FOLDER)
-        finish_recording("classifier", run_id, history)
+        finish_recording("classifier", run_id, history.to_table())
 
 
 def _choose_weights(section: Section) -> str:

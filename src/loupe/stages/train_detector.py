@@ -1,34 +1,73 @@
-"""Train the autoencoder on normal images, set its threshold from normal calibration images, and record it."""
+"""Fit the detector to normal images, set its threshold from normal calibration images, and record it."""
 
 import logging
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from pytorch_lightning import seed_everything
+from torch import Tensor
 
 from loupe.config import Params
 from loupe.config import TrainDetector as Section
-from loupe.data.loading import PreparedDataset
+from loupe.data.loading import PreparedDataset, build_loader
 from loupe.data.manifest import save_table
 from loupe.data.prepare import Prepared, load_prepared
 from loupe.data.split import load_tasks
 from loupe.data.transforms import build_augmentation
-from loupe.evaluation.thresholds import compute_threshold
-from loupe.models.detectors.autoencoder import Autoencoder, AutoencoderConfig, compute_scores, save_autoencoder
+from loupe.evaluation.thresholds import (
+    USUAL_RATE,
+    check_false_alarm_rate,
+    choose_false_alarm_rate,
+    choose_rate_by_cost,
+    describe_lowest_rate,
+    explain_threshold,
+)
+from loupe.models.classifiers import get_data_config
+from loupe.models.detectors.base import (
+    Detector,
+    FeatureDetector,
+    TrainedDetector,
+    check_num_images,
+    compute_scores,
+    fit_detector,
+    save_detector,
+)
+from loupe.models.detectors.family import FAMILY, build_detector
+from loupe.models.detectors.features import FeatureConfig
+from loupe.models.weights import describe_source
 from loupe.stages.entry import run_stage, save_json
-from loupe.stages.files import MODELS, PREPARED, SKIPPED, TASKS
+from loupe.stages.files import CALIBRATION, MODELS, PREPARED, SKIPPED, TASKS
 from loupe.stages.recording import finish_recording, load_policy, open_memory, record_training
 from loupe.tracking.runs import log_epoch
-from loupe.training.detector import Reconstruction, train_autoencoder
-from loupe.training.trainer import Schedule, choose_batch_size, choose_epochs, choose_precision
+from loupe.training.detector import Reconstruction
+from loupe.training.detector import train_detector as train
+from loupe.training.trainer import Schedule, choose_batch_size, choose_epochs, choose_num_workers, choose_precision
 
 BUDGET_PIXELS = 100e6  # under a minute on two CPU cores
 LEAST_EPOCHS, MOST_EPOCHS = 30, 60
+FITTED_AT_ONCE = 16  # images
 FOLDER = MODELS / "detector"
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """How a detector without epochs is fitted: so much of the features is kept in memory."""
+
+    feature_bytes: int
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a fit left beside the detector: a row an epoch, and which of them was kept."""
+
+    history: pd.DataFrame
+    best_epoch: int
 
 
 def train_detector(params: Params) -> None:
@@ -38,63 +77,80 @@ def train_detector(params: Params) -> None:
         return
     seed_everything(params.seed, workers=True, verbose=False)
     prepared = load_prepared(PREPARED / "detector")
-    config = _build_config(section, prepared)
-    autoencoder, recipe = Autoencoder(config), _choose_recipe(section, prepared)
-    facts = {"config": asdict(config), "recipe": asdict(recipe), "seed": params.seed}
-    with record_training("detector", params, recipe) as run_id, open_memory("detector", facts) as memory:
-        history = train_autoencoder(
-            autoencoder,
-            _build_dataset(prepared, "train", params.seed),
-            _build_dataset(prepared, "val", params.seed),
-            recipe,
-            memory,
-            log_epoch,
-        )
-        threshold = _calibrate(autoencoder, prepared, section.false_alarm_rate)
+    detector = build_detector(section.model, build_config(section, prepared), section.weights)
+    check_num_images(detector, len(prepared.rows_of("train")))
+    rate = choose_rate(section, len(prepared.rows_of("calibration")))
+    recipe = choose_recipe(section, prepared)
+    with record_training("detector", params, recipe) as run_id:
+        fitted = _fit(detector, recipe, prepared, params.seed)
         extra = {
             "geometry": prepared.geometry.to_json(),
-            "best_epoch": history.best_epoch,
-            "threshold": threshold,
+            "best_epoch": fitted.best_epoch,
             "normal_label": tasks.normal_label,
-            "false_alarm_rate": section.false_alarm_rate,
+            "weights": None if section.rebuilds_pixels else describe_source(section.backbone, section.weights),
+            **_calibrate(detector, prepared, rate),
         }
-        save_autoencoder(autoencoder, extra, FOLDER)
-        finish_recording("detector", run_id, history)
+        save_detector(detector, extra, FOLDER)
+        finish_recording("detector", run_id, fitted.history)
 
 
-def _build_config(section: Section, prepared: Prepared) -> AutoencoderConfig:
-    geometry = prepared.geometry
-    return AutoencoderConfig(
+def build_config(section: Section, prepared: Prepared) -> Any:
+    """The config of a detector, as its `config_type` wants it."""
+    geometry, kind = prepared.geometry, FAMILY[section.model].config_type
+    crop, size = (geometry.crop_height, geometry.crop_width), (geometry.input_height, geometry.input_width)
+    if kind is FeatureConfig:
+        native = get_data_config(section.backbone)
+        return FeatureConfig(section.backbone, crop, size, tuple(native.mean), tuple(native.std))
+    knobs = section.autoencoder
+    others: dict[str, Any] = {
+        "denoising_autoencoder": section.denoising.model_dump(),
+        "vae": section.vae.model_dump(),
+    }
+    return kind(
         channels=geometry.channels,
-        width=section.width,
-        latent_channels=section.latent_channels,
-        crop=(geometry.crop_height, geometry.crop_width),
-        size=(geometry.input_height, geometry.input_width),
+        width=knobs.width,
+        latent_channels=knobs.latent_channels,
+        crop=crop,
+        size=size,
+        loss=knobs.loss,
+        **others.get(section.model, {}),
     )
 
 
-def _choose_recipe(section: Section, prepared: Prepared) -> Reconstruction:
-    num_images = len(prepared.rows_of("train"))
-    pixels = prepared.geometry.input_height * prepared.geometry.input_width
+def choose_recipe(section: Section, prepared: Prepared) -> Reconstruction | ClosedForm:
+    """How the detector is fitted, with everything that stood at `auto` decided."""
+    num_images, geometry = len(prepared.rows_of("train")), prepared.geometry
+    log.info("%s: %d normal images at %d x %d", section.model, num_images, geometry.input_height, geometry.input_width)
+    if section.is_closed_form:
+        return ClosedForm(int(section.feature_gigabytes * 1e9))
+    knobs, pixels = section.autoencoder, geometry.input_height * geometry.input_width
     epochs = choose_epochs(num_images, pixels, BUDGET_PIXELS, LEAST_EPOCHS, MOST_EPOCHS)
     recipe = Reconstruction(
         schedule=Schedule(
-            epochs=epochs if section.epochs == "auto" else section.epochs,
-            patience=section.patience,
+            epochs=epochs if knobs.epochs == "auto" else knobs.epochs,
+            patience=knobs.patience,
             precision=choose_precision(),
         ),
-        batch_size=choose_batch_size(num_images) if section.batch_size == "auto" else section.batch_size,
-        learning_rate=section.learning_rate,
+        batch_size=choose_batch_size(num_images) if knobs.batch_size == "auto" else knobs.batch_size,
+        learning_rate=knobs.learning_rate,
     )
-    log.info(
-        "autoencoder: %d normal images at %d x %d, %d epochs at most, batches of %d",
-        num_images,
-        prepared.geometry.input_height,
-        prepared.geometry.input_width,
-        recipe.schedule.epochs,
-        recipe.batch_size,
-    )
+    log.info("%d epochs at most, batches of %d", recipe.schedule.epochs, recipe.batch_size)
     return recipe
+
+
+def _fit(detector: Detector, recipe: Reconstruction | ClosedForm, prepared: Prepared, seed: int) -> Fitted:
+    """Leaves the detector fitted, on the GPU where there is one."""
+    dataset = _build_dataset(prepared, "train", seed)
+    detector.to("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(recipe, ClosedForm):
+        assert isinstance(detector, FeatureDetector)
+        fit_detector(detector, _Images(dataset), seed, recipe.feature_bytes)
+        return _measure(detector, prepared)
+    assert isinstance(detector, TrainedDetector)
+    facts = {"detector": detector.name, "config": asdict(detector.config), "recipe": asdict(recipe), "seed": seed}
+    with open_memory("detector", facts) as memory:
+        history = train(detector, dataset, _build_dataset(prepared, "val", seed), recipe, memory, log_epoch)
+    return Fitted(history.to_table(), history.best_epoch)
 
 
 def _build_dataset(prepared: Prepared, split: str, seed: int) -> PreparedDataset:
@@ -103,23 +159,66 @@ def _build_dataset(prepared: Prepared, split: str, seed: int) -> PreparedDataset
     return PreparedDataset(prepared.images, rows, np.zeros(len(rows), np.int64), augmentation, seed)
 
 
-def _calibrate(autoencoder: Autoencoder, prepared: Prepared, false_alarm_rate: float) -> float:
-    """The threshold; the scores that it came from are kept, so that another rate needs no training."""
+class _Images:
+    """The images of a data set in batches, as often as they are asked for, and the same each time."""
+
+    def __init__(self, dataset: PreparedDataset) -> None:
+        self.loader = build_loader(dataset, FITTED_AT_ONCE, shuffle=False, num_workers=choose_num_workers())
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (images for images, _ in self.loader)
+
+
+def _measure(detector: Detector, prepared: Prepared) -> Fitted:
+    """A fit without epochs is one: its losses are the mean scores of images that it was fitted to, and of others."""
+    val, train_rows = prepared.rows_of("val"), prepared.rows_of("train")
+    losses = {
+        "train/loss": _score(detector, prepared, train_rows[: len(val)]).mean(),
+        "val/loss": _score(detector, prepared, val).mean(),
+    }
+    log_epoch(0, losses)
+    return Fitted(pd.DataFrame([{"epoch": 0, **losses}]), best_epoch=0)
+
+
+def _score(detector: Detector, prepared: Prepared, rows: np.ndarray) -> np.ndarray:
+    """Raw anomaly scores of prepared images."""
+    batches = prepared.read_batches(rows, FITTED_AT_ONCE)
+    return compute_scores(detector.eval(), map(torch.from_numpy, batches)).numpy().astype(np.float64)
+
+
+def _calibrate(detector: Detector, prepared: Prepared, rate: float) -> dict[str, float]:
+    """Threshold and rate; the scores that they came from are kept, so that another rate needs no training."""
     rows = prepared.rows_of("calibration")
-    images = torch.from_numpy(prepared.images[rows]).permute(0, 3, 1, 2)
-    scores = compute_scores(autoencoder.eval(), images).numpy().astype(np.float64)
+    scores = _score(detector, prepared, rows)
     save_table(
         pd.DataFrame({"image_id": prepared.index["image_id"].to_numpy()[rows], "anomaly_score": scores}),
-        FOLDER / "calibration_scores.parquet",
+        FOLDER / CALIBRATION,
     )
-    threshold = compute_threshold(scores, false_alarm_rate)
-    log.info(
-        "threshold %.6g: at most %.3g of normal images should pass it, by %d calibration images",
-        threshold,
-        max(false_alarm_rate, 1 / (len(scores) + 1)),
-        len(scores),
-    )
-    return threshold
+    threshold = explain_threshold(scores, rate)
+    log.info("threshold %.6g: %s", threshold.value, threshold.describe())
+    return {"threshold": threshold.value, "false_alarm_rate": threshold.asked_rate}
+
+
+def choose_rate(section: Section, num_calibration: int) -> float:
+    """The rate of false alarms that the threshold is set for.
+
+    Raises:
+        ConfigError: if so few calibration images can't promise the rate that was asked for.
+    """
+    if section.false_alarm_rate == "auto":
+        rate = choose_false_alarm_rate(num_calibration)
+        if rate > USUAL_RATE:
+            log.warning("a rate of %g can't be promised: %s", USUAL_RATE, describe_lowest_rate(num_calibration))
+        return rate
+    if section.false_alarm_rate == "by_cost":
+        rate = choose_rate_by_cost(*section.costs.model_dump().values())
+    else:
+        rate = section.false_alarm_rate
+    check_false_alarm_rate(rate, num_calibration)
+    return rate
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 
 from loupe.data.images import Geometry, fit_image, open_image
 from loupe.models.classifiers import load_classifier, predict_probabilities
-from loupe.models.detectors.autoencoder import compute_scores, load_autoencoder
+from loupe.models.detectors.base import detect
+from loupe.models.detectors.family import load_detector
 from loupe.models.files import load_config
 
 BATCH_SIZE = 64
@@ -65,14 +66,14 @@ def _load_predictor(folder: Path, config: dict[str, Any]) -> _Predictor:
             return pd.DataFrame({"predicted": labels[probabilities.argmax(axis=1)], **columns})
 
         return classify
-    autoencoder = load_autoencoder(folder).to(device)
+    detector = load_detector(folder).to(device)
     threshold = float(config["threshold"])
 
-    def detect(images: torch.Tensor) -> pd.DataFrame:
-        scores = compute_scores(autoencoder, images).numpy().astype(np.float64)
+    def find_anomalies(images: torch.Tensor) -> pd.DataFrame:
+        scores = detect(detector, images)[0].numpy().astype(np.float64)
         return pd.DataFrame({"anomaly_score": scores, "is_anomalous": scores > threshold, "threshold": threshold})
 
-    return detect
+    return find_anomalies
 
 
 def build_signature(config: dict[str, Any]) -> ModelSignature:

@@ -1,21 +1,30 @@
 """The undercomplete convolutional autoencoder: what it can't rebuild was not among the normal images.
 
-After Hinton and Salakhutdinov, "Reducing the dimensionality of data with neural networks", Science 313, 2006.
+After Hinton and Salakhutdinov, "Reducing the dimensionality of data with neural networks", Science 313, 2006. It learns
+by squared errors or by structural similarity (Wang et al., "Image quality assessment: from error visibility to
+structural similarity", 2004; Bergmann et al., 2019, arXiv:1807.02011, for anomalies).
 """
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics.functional.image import (
+    multiscale_structural_similarity_index_measure,
+    structural_similarity_index_measure,
+)
 
-from loupe.models.files import load_config, load_weights, save_model
+from loupe.errors import ConfigError
+from loupe.models.detectors.base import TrainedDetector
 from loupe.models.preprocess import Preprocess
 
 STRIDE = 8
+LEAST_MULTISCALE_SIDE = 176  # pixels: the coarsest of five scales has a sixteenth of them, and the window is 11
+
+ImageLoss = Literal["mse", "ssim", "ms_ssim"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,8 @@ class AutoencoderConfig:
     """All that it takes to make the network again.
 
     `crop` and `size` are (height, width) in pixels, `size` in multiples of STRIDE. The code has `latent_channels`
-    values for each STRIDE x STRIDE pixels.
+    values for each STRIDE x STRIDE pixels. `loss` is what training lowers: the mean squared error, or 1 - SSIM at one
+    scale or at five.
     """
 
     channels: int
@@ -31,13 +41,23 @@ class AutoencoderConfig:
     latent_channels: int
     crop: tuple[int, int]
     size: tuple[int, int]
+    loss: ImageLoss = "mse"
 
 
-class Autoencoder(nn.Module):
-    """uint8 images to reconstructions in [0, 1], of the size the network works at."""
+class Autoencoder(TrainedDetector):
+    """The score is the mean of the map: the reconstruction error of the image.
+
+    The map is the squared error of each pixel with `mse`, and else 1 - SSIM at one scale, as five have no common map.
+    """
+
+    name = "autoencoder"
+    config_type = AutoencoderConfig
+    values_per_code: ClassVar[int] = 1  # what the encoder says of each value of the code
 
     def __init__(self, config: AutoencoderConfig) -> None:
+        """Raises ConfigError if the input size is none that it takes."""
         super().__init__()
+        _check_size(config)
         self.config = config
         narrow, middle, wide = config.width, 2 * config.width, 4 * config.width
         channels = config.channels
@@ -46,7 +66,7 @@ class Autoencoder(nn.Module):
             *_downsample(channels, narrow),
             *_downsample(narrow, middle),
             *_downsample(middle, wide),
-            nn.Conv2d(wide, config.latent_channels, 1),
+            nn.Conv2d(wide, self.values_per_code * config.latent_channels, 1),
         )
         self.decoder = nn.Sequential(
             nn.Conv2d(config.latent_channels, wide, 1),
@@ -58,12 +78,70 @@ class Autoencoder(nn.Module):
             nn.Sigmoid(),
         )
 
-    def forward(
+    @classmethod
+    def build(cls, config: AutoencoderConfig, weights: str) -> Self:
+        """There is no backbone, and `weights` mean nothing."""
+        return cls(config)
+
+    def encode(
+        self, targets: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch latent_channels rows columns"]:
+        """The code of images as the network sees them."""
+        code: Tensor = self.encoder(targets)
+        return code
+
+    def reconstruct(
         self, images: UInt8[Tensor, "batch channels prepared_height prepared_width"]
     ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch channels height width"]]:
         """The images as the network sees them, and their reconstructions; both in [0, 1]."""
         targets = self.preprocess(images)
-        return targets, self.decoder(self.encoder(targets))
+        return targets, self.decoder(self.encode(targets))
+
+    def compute_map(
+        self,
+        targets: Float[Tensor, "batch channels height width"],
+        reconstructions: Float[Tensor, "batch channels height width"],
+    ) -> Float[Tensor, "batch height width"]:
+        """How badly each pixel is rebuilt, as the network sees it; 0 is a perfect reconstruction."""
+        compute = compute_errors if self.config.loss == "mse" else compute_dissimilarities
+        return compute(targets, reconstructions)
+
+    def forward(
+        self, images: UInt8[Tensor, "batch channels height width"]
+    ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch height width"]]:
+        errors = self.compute_map(*self.reconstruct(images))
+        return errors.mean(dim=(1, 2)), fit_maps(errors, images)
+
+    def embed(self, images: UInt8[Tensor, "batch channels height width"]) -> Float[Tensor, "batch num_values"]:
+        """The code."""
+        return self.encode(self.preprocess(images)).flatten(1)
+
+    def compute_losses(
+        self, images: UInt8[Tensor, "batch channels height width"], progress: float
+    ) -> dict[str, Float[Tensor, ""]]:
+        return {"loss": self.compare(*self.reconstruct(images))}
+
+    def compare(
+        self,
+        targets: Float[Tensor, "batch channels height width"],
+        reconstructions: Float[Tensor, "batch channels height width"],
+    ) -> Float[Tensor, ""]:
+        """The loss of a batch; in float32, as variances of SSIM are small differences of large numbers."""
+        with torch.autocast(targets.device.type, enabled=False):
+            if self.config.loss == "ms_ssim":
+                return 1 - compute_multiscale_similarity(targets, reconstructions.float())
+            return self.compute_map(targets, reconstructions.float()).mean()
+
+
+def _check_size(config: AutoencoderConfig) -> None:
+    height, width = config.size
+    if height % STRIDE or width % STRIDE:
+        raise ConfigError(f"the input size must be in multiples of {STRIDE} pixels, got {height} x {width}")
+    if config.loss == "ms_ssim" and min(height, width) < LEAST_MULTISCALE_SIDE:
+        raise ConfigError(
+            f"the loss ms_ssim compares at five scales and needs images of at least {LEAST_MULTISCALE_SIDE} x "
+            f"{LEAST_MULTISCALE_SIDE} pixels, got {height} x {width}: choose a larger input size, or the loss ssim"
+        )
 
 
 def _downsample(inputs: int, outputs: int) -> list[nn.Module]:
@@ -79,51 +157,48 @@ def _upsample(inputs: int, outputs: int) -> list[nn.Module]:
     ]
 
 
-def compute_anomaly_map(
+def fit_maps(
+    maps: Float[Tensor, "batch height width"], images: UInt8[Tensor, "batch channels prepared_height prepared_width"]
+) -> Float[Tensor, "batch prepared_height prepared_width"]:
+    """Maps in the geometry of the images."""
+    return F.interpolate(maps[:, None], images.shape[2:], mode="bilinear", antialias=True)[:, 0]
+
+
+def compute_errors(
     targets: Float[Tensor, "batch channels height width"], reconstructions: Float[Tensor, "batch channels height width"]
 ) -> Float[Tensor, "batch height width"]:
     """Squared error of each pixel, mean over channels; 0 is a perfect reconstruction, 1 the worst."""
     return (targets - reconstructions).square().mean(dim=1)
 
 
-def compute_anomaly_score(anomaly_map: Float[Tensor, "batch height width"]) -> Float[Tensor, " batch"]:
-    """Mean of the map: the reconstruction error of the image."""
-    return anomaly_map.mean(dim=(1, 2))
+def compute_dissimilarities(
+    targets: Float[Tensor, "batch channels height width"], reconstructions: Float[Tensor, "batch channels height width"]
+) -> Float[Tensor, "batch height width"]:
+    """1 - SSIM about each pixel, mean over channels; 0 is a perfect reconstruction, 2 the worst.
+
+    The window is a Gaussian of 1.5 pixels, and images are mirrored at their borders. Each image goes through torchmetrics
+    by itself, as ONNX has no batches of any size that are split by their size, which is what it does inside.
+    """
+
+    def compute(target: Tensor, reconstruction: Tensor) -> Tensor:
+        _, similarities = structural_similarity_index_measure(
+            reconstruction[None], target[None], data_range=1.0, return_full_image=True
+        )
+        return 1 - similarities[0].mean(dim=0)
+
+    dissimilarities: Tensor = torch.vmap(compute)(targets, reconstructions)
+    return dissimilarities
 
 
-def save_autoencoder(autoencoder: Autoencoder, extra: dict[str, Any], folder: Path) -> None:
-    """Write the network and its config; `extra` is kept beside it."""
-    save_model(autoencoder, {**extra, "autoencoder": asdict(autoencoder.config)}, folder)
+def compute_multiscale_similarity(
+    targets: Float[Tensor, "batch channels height width"], reconstructions: Float[Tensor, "batch channels height width"]
+) -> Float[Tensor, ""]:
+    """Mean MS-SSIM of a batch (Wang, Simoncelli and Bovik, 2003); 1 is a perfect reconstruction.
 
-
-def load_autoencoder(folder: Path) -> Autoencoder:
-    """Read what `save_autoencoder` wrote, ready to score."""
-    values = load_config(folder)["autoencoder"]
-    config = AutoencoderConfig(**{**values, "crop": tuple(values["crop"]), "size": tuple(values["size"])})
-    autoencoder = Autoencoder(config)
-    load_weights(autoencoder, folder / "model.safetensors")
-    return autoencoder.eval()
-
-
-@torch.inference_mode()
-def compute_maps(
-    autoencoder: Autoencoder, images: UInt8[Tensor, "num_images channels height width"], batch_size: int = 128
-) -> Float[Tensor, "num_images height width"]:
-    """Anomaly maps in the geometry of the images, in batches on the autoencoder's device; the result is on the CPU."""
-    maps = []
-    for batch in images.split(batch_size):
-        anomaly_map = compute_anomaly_map(*autoencoder(batch.to(autoencoder.preprocess.mean.device)))
-        maps.append(F.interpolate(anomaly_map[:, None], images.shape[2:], mode="bilinear", antialias=True)[:, 0].cpu())
-    return torch.cat(maps)
-
-
-@torch.inference_mode()
-def compute_scores(
-    autoencoder: Autoencoder, images: UInt8[Tensor, "num_images channels height width"], batch_size: int = 128
-) -> Float[Tensor, " num_images"]:
-    """Raw anomaly scores, in batches on the autoencoder's device; the result is on the CPU."""
-    parts = [
-        compute_anomaly_score(compute_anomaly_map(*autoencoder(batch.to(autoencoder.preprocess.mean.device))))
-        for batch in images.split(batch_size)
-    ]
-    return torch.cat(parts).cpu()
+    Each scale's similarity s goes in as (1 + s) / 2, as the power of a negative one is undefined.
+    """
+    similarity = multiscale_structural_similarity_index_measure(
+        reconstructions, targets, data_range=1.0, normalize="simple"
+    )
+    assert isinstance(similarity, Tensor)
+    return similarity

@@ -1,10 +1,11 @@
 """What every detector is: uint8 images to raw anomaly scores and maps, fitted on normal images alone."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float, UInt8
@@ -14,13 +15,34 @@ from torch.nn import functional as F
 from loupe.errors import DataError
 from loupe.models.detectors.features import FeatureConfig, FeatureExtractor, Features
 from loupe.models.files import save_model
+from loupe.models.weights import build_backbone, build_options
 
 Images = Iterable[UInt8[Tensor, "_batch channels height width"]]
 Batches = Callable[[], Iterable[Features]]
 
+log = logging.getLogger(__name__)
+
 
 class Detector(nn.Module, ABC):
-    """A higher score is more anomalous; nothing is clamped or normalised to a range."""
+    """A higher score is more anomalous; nothing is clamped or normalised to a range.
+
+    `least_images` is how many normal images it takes to fit it. `config`, a dataclass of `config_type`, is all that it
+    takes to make it again but for the weights.
+    """
+
+    name: ClassVar[str]
+    config_type: ClassVar[type]
+    least_images: ClassVar[int] = 2
+    config: Any
+
+    @classmethod
+    @abstractmethod
+    def build(cls, config: Any, weights: str) -> Self:
+        """A detector to be fitted, or to load weights into.
+
+        Args:
+            weights: where a backbone's weights come from, as `build_backbone` takes it; `none` before loading.
+        """
 
     @abstractmethod
     def forward(
@@ -28,20 +50,44 @@ class Detector(nn.Module, ABC):
     ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch height width"]]:
         """The anomaly scores, and anomaly maps in the geometry of the images."""
 
+    @abstractmethod
+    def embed(self, images: UInt8[Tensor, "batch channels height width"]) -> Float[Tensor, "batch num_values"]:
+        """Each image as a vector: the latent code, or the backbone's features."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.buffers()).device
+
+
+class TrainedDetector(Detector):
+    """A detector that is trained by gradient descent, on images that are augmented and shuffled."""
+
+    @abstractmethod
+    def compute_losses(
+        self, images: UInt8[Tensor, "batch channels height width"], progress: float
+    ) -> dict[str, Float[Tensor, ""]]:
+        """`loss`, which the training lowers, and by other names its parts, if it has any; means over the batch.
+
+        Args:
+            progress: how much of the training is done, in [0, 1].
+        """
+
 
 class FeatureDetector(Detector):
-    """A detector that works on the features of a frozen backbone and is fitted in closed form.
+    """A detector that works on the features of a frozen backbone and is fitted in closed form."""
 
-    `least_images` is how many normal images it takes to fit it.
-    """
-
-    name: ClassVar[str]
-    least_images: ClassVar[int] = 2
+    config_type = FeatureConfig
 
     def __init__(self, config: FeatureConfig, backbone: nn.Module) -> None:
         super().__init__()
         self.config = config
         self.extractor = FeatureExtractor(config, backbone)
+
+    @classmethod
+    def build(cls, config: FeatureConfig, weights: str) -> Self:
+        options = build_options(config.backbone, config.size, len(config.mean))
+        return cls(config, build_backbone(config.backbone, weights, **options))
 
     @abstractmethod
     def fit_features(self, batches: Batches, generator: torch.Generator) -> None:
@@ -62,6 +108,19 @@ class FeatureDetector(Detector):
         scores, maps = self.score_features(self.extractor(images))
         return scores, F.interpolate(maps[:, None], images.shape[2:], mode="bilinear")[:, 0]
 
+    def embed(self, images: UInt8[Tensor, "batch channels height width"]) -> Float[Tensor, "batch num_values"]:
+        """The means of all channels of all levels, finest first."""
+        return torch.cat([level.mean(dim=(2, 3)) for level in self.extractor(images)], dim=1)
+
+
+def check_num_images(detector: Detector, num_images: int) -> None:
+    """Raises DataError, which says how many are needed, if there are too few normal images to fit it."""
+    if num_images < detector.least_images:
+        raise DataError(
+            f"{detector.name} needs at least {detector.least_images} normal images to be fitted, got {num_images}: "
+            f"add images, or choose another detector"
+        )
+
 
 def fit_detector(detector: FeatureDetector, images: Images, seed: int, most_bytes: int = 1 << 29) -> None:
     """Fit to normal images, on the detector's device.
@@ -69,19 +128,25 @@ def fit_detector(detector: FeatureDetector, images: Images, seed: int, most_byte
     Args:
         images: batches; gone through more than once, so a list or a loader and no generator.
         seed: of what is drawn at random, where anything is.
-        most_bytes: so much of the features is kept in memory, and the rest computed at each pass again.
+        most_bytes: so much of the features is kept in memory, and the rest computed at each pass again, of which a fit
+            makes three at most; a batch's own come on top.
 
     Raises:
         DataError: if there are too few images; says how many are needed.
     """
-    num_images = sum(len(batch) for batch in images)
-    if num_images < detector.least_images:
-        raise DataError(
-            f"{detector.name} needs at least {detector.least_images} normal images to be fitted, got {num_images}: "
-            f"add images, or choose another detector"
-        )
+    check_num_images(detector, _count_images(images, detector.least_images))
     memory = _FeatureMemory(detector.extractor, images, most_bytes)
     detector.eval().fit_features(memory.read, torch.Generator().manual_seed(seed))
+
+
+def _count_images(images: Images, enough: int) -> int:
+    """How many there are, but no more batches are read once there are `enough`."""
+    count = 0
+    for batch in images:
+        count += len(batch)
+        if count >= enough:
+            break
+    return count
 
 
 class _FeatureMemory:
@@ -92,14 +157,24 @@ class _FeatureMemory:
         self.images = images
         self.bytes_left = most_bytes
         self.kept: dict[int, Features] = {}
+        self.num_batches: int | None = None  # known after the first pass
 
     @torch.inference_mode()
     def read(self) -> Iterable[Features]:
+        if len(self.kept) == self.num_batches:
+            yield from self.kept.values()
+            return
+        sizes = []
         for index, batch in enumerate(self.images):
             features = self.kept.get(index) or self.extractor(batch.to(self.extractor.device))
-            if index not in self.kept:
+            if self.num_batches is None:
                 self._keep(index, features)
+            sizes.append(len(batch))
             yield features
+        if self.num_batches is None:
+            self.num_batches = len(sizes)
+            counts = sum(sizes[index] for index in self.kept), sum(sizes)
+            log.info("features of %d of %d images are kept in memory; each pass computes the rest", *counts)
 
     def _keep(self, index: int, features: Features) -> None:
         num_bytes = sum(level.nbytes for level in features)
@@ -110,15 +185,20 @@ class _FeatureMemory:
 
 @torch.inference_mode()
 def detect(
-    detector: Detector, images: UInt8[Tensor, "num_images channels height width"], batch_size: int = 32
+    detector: Detector, images: UInt8[Tensor, "num_images channels height width"], batch_size: int = 16
 ) -> tuple[Float[Tensor, " num_images"], Float[Tensor, "num_images height width"]]:
     """Raw anomaly scores and maps, in batches on the detector's device; the results are on the CPU."""
-    device = next(detector.buffers()).device
-    parts = [detector(batch.to(device)) for batch in images.split(batch_size)]
+    parts = [detector(batch.to(detector.device)) for batch in images.split(batch_size)]
     scores, maps = zip(*parts, strict=True)
     return torch.cat(scores).cpu(), torch.cat(maps).cpu()
 
 
-def save_detector(detector: FeatureDetector, extra: dict[str, Any], folder: Path) -> None:
-    """Write the detector, its backbone and its config; `extra` is kept beside it."""
-    save_model(detector, {**extra, "detector": detector.name, "features": asdict(detector.config)}, folder)
+@torch.inference_mode()
+def compute_scores(detector: Detector, batches: Images) -> Float[Tensor, " num_images"]:
+    """Raw anomaly scores alone, which take no memory worth a word; on the CPU."""
+    return torch.cat([detector(batch.to(detector.device))[0].cpu() for batch in batches])
+
+
+def save_detector(detector: Detector, extra: dict[str, Any], folder: Path) -> None:
+    """Write the detector, a backbone that it has, and its config; `extra` is kept beside it."""
+    save_model(detector, {**extra, "detector": detector.name, "config": asdict(detector.config)}, folder)
