@@ -8,6 +8,9 @@ from PIL import Image
 from loupe.evaluation.calibration import compute_coverage, compute_reliability
 from loupe.evaluation.pictures import (
     HEAT_SIDE,
+    DisplayScale,
+    HeatMap,
+    choose_display_scale,
     draw_confusion,
     draw_coverage,
     draw_heat_maps,
@@ -65,18 +68,30 @@ def test_a_label_is_shown_as_it_is_written_and_not_as_a_formula():
     render(draw_confusion(np.eye(2, dtype=np.int64), ["$_$", "over_100"]))
 
 
+def read_legend(figure):
+    return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
 def test_scores_are_counted_by_kind_beside_the_threshold():
-    figure = draw_scores(np.array([0.1, 0.2, 0.9]), ["good", "good", "dent"], "good", 0.5)
-    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert sorted(legend) == ["anomalous (1)", "normal (2)", "threshold 0.5"]
+    figure = draw_scores(np.array([0.1, 0.2, 0.9, 0.8, 0.7]), ["good", "good", "dent", "_cr$c$k", "dent"], "good", 0.5)
+    assert read_legend(figure) == ["2 good", "2 dent", "1 _cr$c$k", "threshold 0.5"]
     assert render(figure).std() > 0
 
 
 def test_each_kind_has_the_same_weight_however_many_its_images():
     scores = np.random.default_rng(0).random(100)
     figure = draw_scores(scores, ["good"] * 90 + ["dent"] * 10, "good", 0.5)
-    heights = [sum(bar.get_height() for bar in bars) for bars in figure.axes[0].containers]
-    assert heights == pytest.approx([1, 1])
+    bars, outline = figure.axes[0].patches[:-1], figure.axes[0].patches[-1]
+    assert sum(bar.get_height() for bar in bars) == pytest.approx(1)
+    assert outline.get_xy()[1::2, 1].sum() == pytest.approx(1)
+
+
+def test_the_rarest_of_many_kinds_are_drawn_as_one():
+    labels = [f"kind {kind}" for kind in range(12) for _ in range(20 - kind)]
+    legend = read_legend(draw_scores(np.arange(float(len(labels))), labels, "good", 0.5))
+    assert legend[:3] == ["0 good", "20 kind 0", "19 kind 1"]
+    assert legend[-2] == f"{sum(20 - kind for kind in range(7, 12))} of other kinds"
+    assert len(legend) == 10
 
 
 @pytest.mark.parametrize("labels", [["good"] * 3, ["dent"] * 3])
@@ -84,24 +99,49 @@ def test_equal_scores_of_one_kind_can_be_drawn(labels):
     render(draw_scores(np.full(3, 0.2), labels, "good", 0.2))
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_heat_maps_share_one_scale(channels):
+def show(channels, mask):
     generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (3, 8, 8, channels), dtype=np.uint8)
-    maps = generator.random((3, 8, 8)) * np.array([0.1, 1.0, 5.0])[:, None, None]
-    figure = draw_heat_maps(images, images / 255, maps, ["a", "b", "c"])
-    assert len({axes.images[0].get_clim() for axes in figure.axes[6:]}) == 1
-    assert [axes.get_title() for axes in figure.axes[:3]] == ["a", "b", "c"]
+    image = generator.integers(0, 256, (8, 12, channels), dtype=np.uint8)
+    return HeatMap("a $tile$", image, generator.random((8, 12)), mask)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_image_stands_above_its_map_its_overlay_and_its_mask(channels):
+    mask = np.zeros((8, 12), np.uint8)
+    mask[2, 3] = 1
+    figure = draw_heat_maps([show(channels, mask), show(channels, None)], DisplayScale(0.25, 4.0))
+    assert [axes.get_ylabel() for axes in figure.axes[::2]] == ["original", "anomaly map", "overlay", "mask"]
+    shown = figure.axes[6].images[0].get_array()
+    assert shown[2, 3] == 255
+    assert shown.sum() == 255
+    assert [len(axes.images) for axes in figure.axes[6:]] == [1, 0]
+    assert texts(figure.axes[7]) == ["no mask"]
+    assert figure.get_supxlabel() == "display scale: 0 = 0.25, 1 = 4"
     assert render(figure).std() > 0
 
 
-def test_reconstructions_may_be_larger_than_the_images_they_are_of():
-    images, rebuilt, maps = np.zeros((2, 28, 28, 1), np.uint8), np.zeros((2, 32, 32, 1)), np.ones((2, 28, 28))
-    render(draw_heat_maps(images, rebuilt, maps, ["a", "b"]))
+def test_where_there_is_nothing_to_show_the_picture_says_so():
+    figure = draw_heat_maps([], DisplayScale(0.0, 1.0))
+    assert figure.get_supxlabel() == "there are no such images"
+    render(figure)
 
 
-def test_a_perfect_reconstruction_can_be_drawn():
-    render(draw_heat_maps(np.zeros((1, 8, 8, 1), np.uint8), np.zeros((1, 8, 8, 1)), np.zeros((1, 8, 8)), ["a"]))
+def test_the_display_scale_is_common_to_all_maps_and_keeps_their_order():
+    maps = np.random.default_rng(0).normal(size=(3, 8, 8)) * np.array([0.1, 1.0, 5.0])[:, None, None]
+    scale = choose_display_scale(maps)
+    assert scale.low == np.median(maps)
+    shown = scale.apply(maps)
+    assert (shown.min(), shown.max()) == (0, 1)
+    order = np.argsort(maps.reshape(-1))
+    assert (np.diff(shown.reshape(-1)[order]) >= 0).all()
+    assert 0.004 < (shown == 1).mean() < 0.011
+
+
+@pytest.mark.parametrize("maps", [np.full((2, 3, 3), 7.0), np.zeros((0, 3, 3))])
+def test_maps_that_are_all_alike_and_no_maps_have_a_scale_too(maps):
+    scale = choose_display_scale(maps)
+    assert scale.high > scale.low
+    assert (scale.apply(maps) == 0).all()
 
 
 def history(**columns):

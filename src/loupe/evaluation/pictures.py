@@ -1,6 +1,8 @@
 """Pictures for people: confusion matrix, curves, histogram of scores, heat maps."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -12,9 +14,13 @@ from PIL import Image
 from loupe.evaluation.calibration import Coverage, Reliability
 
 RED, BLUE, GREY = "#c0392b", "#2c6fbb", "#777777"
+KIND_COLORS = (RED, "#d98e04", "#6b4fa0", "#2b7549", "#b0477e", "#5c5c5c", "#8a5a2b", "#148f8f")
+MOST_KINDS = len(KIND_COLORS)  # lines in a histogram that can be told apart
+OTHER_KINDS = "of other kinds"
 COUNTED_LABELS, NAMED_LABELS = 30, 100  # of more labels a confusion has no counts, and no names
 HEAT_SIDE = 192  # pixels; a smaller image is enlarged by a whole factor, so that its heat is smooth
 STRONGEST_HEAT = 0.7  # how much of the image it covers, in [0, 1]
+TOP_QUANTILE = 0.995  # of the values of anomaly maps, shown as the highest: single pixels stand out too far
 
 
 def draw_confusion(counts: Int64[np.ndarray, "num_labels num_labels"], labels: Sequence[str]) -> Figure:
@@ -44,44 +50,93 @@ def draw_confusion(counts: Int64[np.ndarray, "num_labels num_labels"], labels: S
     return figure
 
 
+class DisplayScale(NamedTuple):
+    """Which values of anomaly maps are shown as 0 and 1. It serves the eye alone: no figure is of scaled values."""
+
+    low: float
+    high: float
+
+    def apply(self, anomaly_map: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+        """To [0, 1]; what lies beyond the ends is shown as they are."""
+        shown: np.ndarray = ((anomaly_map - self.low) / (self.high - self.low)).clip(0, 1)
+        return shown
+
+    def describe(self) -> str:
+        """What stands under pictures."""
+        return f"display scale: 0 = {self.low:.3g}, 1 = {self.high:.3g}"
+
+
+class HeatMap(NamedTuple):
+    """One test image with what the detector makes of it; `heat` is on the display scale, `mask` None if not known."""
+
+    title: str
+    image: UInt8[np.ndarray, "height width channels"]
+    heat: Float[np.ndarray, "height width"]
+    mask: UInt8[np.ndarray, "height width"] | None
+
+    def draw_parts(self) -> dict[str, UInt8[np.ndarray, "_height _width _channels"]]:
+        """Its pictures by name; a mask that is not known is left out."""
+        parts = {
+            "original": self.image,
+            "anomaly map": color_heat(self.heat),
+            "overlay": overlay_heat(self.image, self.heat),
+        }
+        return parts if self.mask is None else parts | {"mask": self.mask[..., None] * np.uint8(255)}
+
+
+def choose_display_scale(maps: Float[np.ndarray, "num_images height width"]) -> DisplayScale:
+    """From the middle of all values, so that most of an image is dark, nearly to the highest."""
+    low, high = np.quantile(maps, [0.5, TOP_QUANTILE]) if maps.size else (0.0, 1.0)
+    return DisplayScale(float(low), float(high if high > low else low + 1))
+
+
 def draw_scores(
     scores: Float[np.ndarray, " num_images"], labels: Sequence[str], normal_label: str, threshold: float
 ) -> Figure:
-    """Histogram of raw anomaly scores, normal images against anomalous ones, with the threshold."""
-    figure = Figure(figsize=(7, 4), layout="constrained", dpi=110)
+    """Histograms of raw anomaly scores with the threshold: normal images filled, each kind of defect as a line.
+
+    Beyond MOST_KINDS the rarer kinds are one.
+    """
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained", dpi=110)
     axes = figure.add_subplot()
-    is_normal = np.asarray(labels) == normal_label
+    names = np.asarray(labels, dtype=object)
+    kinds = [kind for kind, _ in Counter(name for name in labels if name != normal_label).most_common()]
+    if len(kinds) > MOST_KINDS:
+        names[np.isin(names, kinds[MOST_KINDS - 1 :])] = OTHER_KINDS
+        kinds = [*kinds[: MOST_KINDS - 1], OTHER_KINDS]
     edges = list(np.histogram_bin_edges(scores, bins=50))
-    for kind, chosen, color in (("normal", is_normal, BLUE), ("anomalous", ~is_normal, RED)):
-        weights = np.full(chosen.sum(), 1 / max(chosen.sum(), 1))
-        axes.hist(scores[chosen], edges, weights=weights, color=color, alpha=0.6, label=f"{kind} ({chosen.sum()})")
+    for kind, color in zip([normal_label, *kinds], [BLUE, *KIND_COLORS], strict=False):
+        chosen = scores[names == kind]
+        style = {"color": color, "alpha": 0.45} if kind == normal_label else {"color": color, "histtype": "step"}
+        weights = np.full(len(chosen), 1 / max(len(chosen), 1))
+        axes.hist(chosen, edges, weights=weights, label=f"{len(chosen)} {kind}", **style)
     axes.axvline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.3g}")
     axes.set_xlabel("anomaly score (raw)")
     axes.set_ylabel("part of the test images of its kind")
-    axes.legend()
+    for text in axes.legend(fontsize=8).get_texts():
+        text.set_parse_math(False)
     return figure
 
 
-def draw_heat_maps(
-    images: UInt8[np.ndarray, "num_images height width channels"],
-    reconstructions: Float[np.ndarray, "num_images input_height input_width channels"],
-    maps: Float[np.ndarray, "num_images height width"],
-    titles: Sequence[str],
-) -> Figure:
-    """A column an image: what came in, what was rebuilt, and the map of errors on one common scale."""
-    figure = Figure(figsize=(1.6 * len(images) + 0.6, 5.2), layout="constrained", dpi=110)
-    axes = figure.subplots(3, len(images), squeeze=False)
-    top = float(np.quantile(maps, 0.995)) or 1.0
-    for column, title in enumerate(titles):
-        axes[0, column].imshow(images[column].squeeze(), cmap="gray", vmin=0, vmax=255)
-        axes[1, column].imshow(reconstructions[column].squeeze(), cmap="gray", vmin=0, vmax=1)
-        axes[2, column].imshow(maps[column], cmap="inferno", vmin=0, vmax=top)
-        axes[0, column].set_title(title, fontsize=8, parse_math=False)
-    for row, name in enumerate(("original", "reconstruction", "anomaly map")):
+def draw_heat_maps(shown: Sequence[HeatMap], scale: DisplayScale) -> Figure:
+    """A column an image: what came in, its anomaly map on the display scale, both over each other, and its mask."""
+    figure = Figure(figsize=(1.6 * max(len(shown), 3) + 0.6, 7.2), layout="constrained", dpi=110)
+    rows = ("original", "anomaly map", "overlay", "mask")
+    axes = figure.subplots(len(rows), max(len(shown), 1), squeeze=False)
+    for column, one in enumerate(shown):
+        parts = one.draw_parts()
+        for row, name in enumerate(rows):
+            if name in parts:
+                axes[row, column].imshow(parts[name].squeeze(), cmap="gray", vmin=0, vmax=255)
+            else:
+                axes[row, column].text(0.5, 0.5, "no mask", ha="center", va="center", fontsize=8)
+        axes[0, column].set_title(one.title, fontsize=8, parse_math=False)
+    for row, name in enumerate(rows):
         axes[row, 0].set_ylabel(name, fontsize=9)
     for one in axes.flat:
         one.set_xticks([])
         one.set_yticks([])
+    figure.supxlabel(scale.describe() if shown else "there are no such images", fontsize=9)
     return figure
 
 
@@ -150,7 +205,13 @@ def overlay_heat(
     grey = image.mean(axis=2).repeat(factor, axis=0).repeat(factor, axis=1)[..., None]
     size = (grey.shape[1], grey.shape[0])
     smooth = np.asarray(Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
-    colors = matplotlib.colormaps["inferno"](smooth)[..., :3] * 255
+    colors = color_heat(smooth)
     covered = STRONGEST_HEAT * smooth[..., None]
     shown: np.ndarray = (grey * (1 - covered) + colors * covered).round().astype(np.uint8)
     return shown
+
+
+def color_heat(heat: Float[np.ndarray, "height width"]) -> UInt8[np.ndarray, "height width 3"]:
+    """A map in [0, 1] as a picture, from black through purple and orange to yellow."""
+    colors: np.ndarray = (matplotlib.colormaps["inferno"](heat)[..., :3] * 255).round().astype(np.uint8)
+    return colors

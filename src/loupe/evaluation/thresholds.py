@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 from jaxtyping import Float
 from scipy.special import lambertw
-from scipy.stats import beta
+from scipy.stats import beta, betabinom
 
 from loupe.errors import ConfigError
 
@@ -30,6 +30,15 @@ class Threshold:
     low_rate: float
     high_rate: float
     num_calibration: int
+
+    def compute_chance(self, num_flagged: int, num_normal: int) -> float:
+        """How likely at least so many of that many new normal images score above it; in [0, 1].
+
+        Near 0 they are unlike the calibration images. Over calibration sets and new images together the number follows
+        a beta-binomial distribution.
+        """
+        allowed = round(self.rate * (self.num_calibration + 1))
+        return float(betabinom.sf(num_flagged - 1, num_normal, allowed, self.num_calibration + 1 - allowed))
 
     def describe(self) -> str:
         """What it stands for, in words."""
