@@ -66,6 +66,7 @@ def train_detector(
         folder: gets these and the last; what a stopped training left there is gone on from, so that it must belong to
             the same recipe and data.
     """
+    detector.train()  # Lightning trains a network in the mode that it finds it in
     history = History(detector, folder, report)
     workers = choose_num_workers()
     fit(

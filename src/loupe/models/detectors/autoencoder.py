@@ -5,8 +5,9 @@ by squared errors or by structural similarity (Wang et al., "Image quality asses
 structural similarity", 2004; Bergmann et al., 2019, arXiv:1807.02011, for anomalies).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, UInt8
@@ -22,7 +23,8 @@ from loupe.models.detectors.base import TrainedDetector
 from loupe.models.preprocess import Preprocess
 
 STRIDE = 8
-LEAST_MULTISCALE_SIDE = 176  # pixels: the coarsest of five scales has a sixteenth of them, and the window is 11
+WINDOW = 11  # side of SSIM's window in pixels
+LEAST_MULTISCALE_SIDE = 16 * WINDOW  # pixels: the coarsest of five scales has a sixteenth of them
 
 ImageLoss = Literal["mse", "ssim", "ms_ssim"]
 
@@ -79,7 +81,7 @@ class Autoencoder(TrainedDetector):
         )
 
     @classmethod
-    def build(cls, config: AutoencoderConfig, weights: str) -> Self:
+    def build(cls, config: AutoencoderConfig, weights: str) -> "Autoencoder":
         """There is no backbone, and `weights` mean nothing."""
         return cls(config)
 
@@ -128,9 +130,7 @@ class Autoencoder(TrainedDetector):
     ) -> Float[Tensor, ""]:
         """The loss of a batch; in float32, as variances of SSIM are small differences of large numbers."""
         with torch.autocast(targets.device.type, enabled=False):
-            if self.config.loss == "ms_ssim":
-                return 1 - compute_multiscale_similarity(targets, reconstructions.float())
-            return self.compute_map(targets, reconstructions.float()).mean()
+            return LOSSES[self.config.loss](targets, reconstructions.float())
 
 
 def _check_size(config: AutoencoderConfig) -> None:
@@ -176,29 +176,47 @@ def compute_dissimilarities(
 ) -> Float[Tensor, "batch height width"]:
     """1 - SSIM about each pixel, mean over channels; 0 is a perfect reconstruction, 2 the worst.
 
-    The window is a Gaussian of 1.5 pixels, and images are mirrored at their borders. Each image goes through torchmetrics
-    by itself, as ONNX has no batches of any size that are split by their size, which is what it does inside.
+    The window is a Gaussian of 1.5 pixels, and images are mirrored at their borders. They go through torchmetrics one
+    above the other: it splits a batch by its size, and a graph that takes batches of any size can't.
     """
 
-    def compute(target: Tensor, reconstruction: Tensor) -> Tensor:
-        _, similarities = structural_similarity_index_measure(
-            reconstruction[None], target[None], data_range=1.0, return_full_image=True
-        )
-        return 1 - similarities[0].mean(dim=0)
+    def stack(images: Tensor) -> Tensor:
+        return F.pad(images, [WINDOW // 2] * 4, mode="reflect").transpose(0, 1).flatten(1, 2)[None]
 
-    dissimilarities: Tensor = torch.vmap(compute)(targets, reconstructions)
-    return dissimilarities
+    _, similarities = structural_similarity_index_measure(
+        stack(reconstructions), stack(targets), data_range=1.0, return_full_image=True
+    )
+    inside = slice(WINDOW // 2, -(WINDOW // 2))
+    one_by_one: Tensor = similarities[0].unflatten(1, (len(targets), -1))
+    return 1 - one_by_one[:, :, inside, inside].mean(dim=0)
 
 
-def compute_multiscale_similarity(
+def compute_dissimilarity(
     targets: Float[Tensor, "batch channels height width"], reconstructions: Float[Tensor, "batch channels height width"]
 ) -> Float[Tensor, ""]:
-    """Mean MS-SSIM of a batch (Wang, Simoncelli and Bovik, 2003); 1 is a perfect reconstruction.
+    """The mean of `compute_dissimilarities`, with images as channels of one: with gradients it took a tenth at most."""
+    similarity = structural_similarity_index_measure(
+        reconstructions.flatten(0, 1)[None], targets.flatten(0, 1)[None], data_range=1.0
+    )
+    assert isinstance(similarity, Tensor)
+    return 1 - similarity
+
+
+def compute_multiscale_dissimilarity(
+    targets: Float[Tensor, "batch channels height width"], reconstructions: Float[Tensor, "batch channels height width"]
+) -> Float[Tensor, ""]:
+    """1 - the mean MS-SSIM of a batch (Wang, Simoncelli and Bovik, 2003); 0 is a perfect reconstruction, 1 the worst.
 
     Each scale's similarity s goes in as (1 + s) / 2, as the power of a negative one is undefined.
     """
     similarity = multiscale_structural_similarity_index_measure(
         reconstructions, targets, data_range=1.0, normalize="simple"
     )
-    assert isinstance(similarity, Tensor)
-    return similarity
+    return 1 - similarity
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": F.mse_loss,
+    "ssim": compute_dissimilarity,
+    "ms_ssim": compute_multiscale_dissimilarity,
+}

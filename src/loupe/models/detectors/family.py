@@ -6,13 +6,29 @@ from typing import Any
 from loupe.errors import ConfigError
 from loupe.models.detectors.autoencoder import Autoencoder
 from loupe.models.detectors.base import Detector
+from loupe.models.detectors.deep_feature_autoencoder import DeepFeatureAutoencoder
+from loupe.models.detectors.denoising_autoencoder import DenoisingAutoencoder
 from loupe.models.detectors.feature_autoencoder import FeatureAutoencoder
 from loupe.models.detectors.features import FeatureConfig, measure_levels
 from loupe.models.detectors.knn_patches import KnnPatches
 from loupe.models.detectors.padim import Padim
+from loupe.models.detectors.tiling import TiledDetector
+from loupe.models.detectors.vae import Vae
 from loupe.models.files import WEIGHTS, load_config, load_weights
 
-FAMILY: dict[str, type[Detector]] = {kind.name: kind for kind in (Autoencoder, FeatureAutoencoder, KnnPatches, Padim)}
+FAMILY: dict[str, type[Detector]] = {
+    kind.name: kind
+    for kind in (
+        Autoencoder,
+        DenoisingAutoencoder,
+        Vae,
+        FeatureAutoencoder,
+        DeepFeatureAutoencoder,
+        KnnPatches,
+        Padim,
+        TiledDetector,
+    )
+}
 
 
 def build_detector(name: str, config: Any, weights: str) -> Detector:
@@ -37,8 +53,15 @@ def build_detector(name: str, config: Any, weights: str) -> Detector:
 def load_detector(folder: Path) -> Detector:
     """Read what `save_detector` wrote, ready to score."""
     values = load_config(folder)
-    kind = FAMILY[values["detector"]]
-    config = {key: tuple(value) if isinstance(value, list) else value for key, value in values["config"].items()}
-    detector = kind.build(kind.config_type(**config), "none")
+    name = values["detector"]
+    detector = FAMILY[name].build(_read_config(name, values["config"]), "none")
     load_weights(detector, folder / WEIGHTS)
     return detector.eval()
+
+
+def _read_config(name: str, values: dict[str, Any]) -> Any:
+    """A detector's config from JSON; that of a tiled one holds another's."""
+    plain = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    if name == TiledDetector.name:
+        plain["inner"] = _read_config(plain["detector"], plain["inner"])
+    return FAMILY[name].config_type(**plain)
