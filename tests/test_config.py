@@ -113,7 +113,7 @@ def test_a_value_of_the_wrong_type_is_one_sentence_with_the_key_and_what_came(va
         (
             "train_detector.false_alarm_rate",
             1,
-            "train_detector.false_alarm_rate must be less than 1 or 'auto', got 1",
+            "train_detector.false_alarm_rate must be less than 1 or 'auto' or 'by_cost', got 1",
         ),
         ("promote.detector.margin", -0.1, "promote.detector.margin must be greater than or equal to 0, got -0.1"),
     ],

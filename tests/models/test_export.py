@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from loupe.models.classifiers import ClassifierConfig, build_classifier, predict_probabilities
-from loupe.models.export import OPSET, export_classifier, run_exported
+from loupe.models.export import OPSET, ExportedModel, export_classifier
 
 LABELS = ["cat", "cow", "dog"]
 GEOMETRY = {"height": 28, "width": 28, "channels": 1, "fit": "crop", "interpolation": "bilinear"}
@@ -58,8 +58,10 @@ def test_the_file_gives_the_networks_probabilities_in_batches_of_any_size(tmp_pa
     export_classifier(classifier, images[:2], tmp_path / "model.onnx", GEOMETRY)
     expected = predict_probabilities(classifier, images).numpy()
     assert np.ptp(expected, axis=0).max() > 0.3
+    model = ExportedModel(tmp_path / "model.onnx")
     for batch_size in (1, 2, 5):
-        actual = run_exported(tmp_path / "model.onnx", images.numpy(), batch_size)
+        parts = [model.run(images[start : start + batch_size].numpy())[0] for start in range(0, 5, batch_size)]
+        actual = np.concatenate(parts)
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
 
 
@@ -108,14 +110,14 @@ def test_weights_that_one_file_can_not_hold_lie_beside_it(tmp_path, exported, mo
     export_classifier(classifier, images[:2], tmp_path / "model.onnx", GEOMETRY)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
     expected = predict_probabilities(classifier, images).numpy()
-    np.testing.assert_allclose(run_exported(tmp_path / "model.onnx", images.numpy()), expected, atol=1e-5)
+    np.testing.assert_allclose(ExportedModel(tmp_path / "model.onnx").run(images.numpy())[0], expected, atol=1e-5)
 
 
 def test_the_export_prints_and_logs_nothing(tmp_path, exported, capfd, caplog):
     classifier, images, _ = exported
     with caplog.at_level(logging.INFO):
         export_classifier(classifier, images[:2], tmp_path / "model.onnx", GEOMETRY)
-        run_exported(tmp_path / "model.onnx", images.numpy())
+        ExportedModel(tmp_path / "model.onnx").run(images.numpy())
     assert caplog.messages == []
     assert capfd.readouterr() == ("", "")
 

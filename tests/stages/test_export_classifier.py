@@ -86,8 +86,8 @@ def test_the_file_says_how_images_are_prepared_for_it(params, project):
 
 
 def test_a_file_that_answers_otherwise_is_recorded_and_fails_nothing(params, project, monkeypatch, caplog):
-    run = export.run_exported
-    monkeypatch.setattr(export, "run_exported", lambda path, images: run(path, images)[:, ::-1])
+    run = export.ExportedModel.run
+    monkeypatch.setattr(export.ExportedModel, "run", lambda model, images: [run(model, images)[0][:, ::-1]])
     with caplog.at_level(logging.INFO):
         export_classifier(params)
     figures = load_figures(project)
@@ -99,9 +99,9 @@ def test_a_file_that_answers_otherwise_is_recorded_and_fails_nothing(params, pro
 
 def test_test_images_alone_are_compared_a_part_at_a_time(params, project, monkeypatch):
     seen = []
-    run = export.run_exported
-    monkeypatch.setattr(export, "run_exported", lambda path, images: seen.append(images) or run(path, images))
-    monkeypatch.setattr("loupe.stages.export_classifier.CHUNK", 3)
+    run = export.ExportedModel.run
+    monkeypatch.setattr(export.ExportedModel, "run", lambda model, images: seen.append(images) or run(model, images))
+    monkeypatch.setattr("loupe.stages.export_classifier.BATCH_SIZE", 3)
     export_classifier(params)
     prepared = load_prepared(project / "data/prepared/classifier")
     assert [len(images) for images in seen] == [3, 3, 1]

@@ -1,8 +1,8 @@
-"""A classifier as one ONNX file that stands alone, from uint8 pixels to probabilities; and running such a file."""
+"""A model as one ONNX file that stands alone, from uint8 pixels to what it says of them; and running such a file."""
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,14 +12,16 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, UInt8
 from onnxscript.ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 
 from loupe.models.classifiers import Classifier
+from loupe.models.detectors.base import Detector
 
 OPSET = 18  # the first whose Resize smooths where it shrinks, as the preprocessing does
-INPUT, OUTPUT = "images", "probabilities"
+INPUT = "images"
+PROBABILITIES, ANOMALIES = ("probabilities",), ("anomaly_scores", "anomaly_maps")
 EXPORTERS = ("onnx_ir", "onnxscript")  # they log each node that they fold or drop
 ERRORS_ALONE = 3  # onnxruntime's level of logging
 
@@ -42,12 +44,10 @@ def export_classifier(
     path: Path,
     geometry: Mapping[str, Any],
 ) -> None:
-    """Write a classifier as an ONNX file, checked and whole: a reader sees the old file or the new one.
+    """Write a classifier as `export_network` does.
 
-    Its input `images` is uint8, (batch, channels, height, width) with any batch and the sides of prepared images; crop,
-    resize and normalisation are inside. Its output `probabilities` is float32, (batch, num_labels). Its metadata are
-    `backbone`, and as JSON `labels` and `geometry`. Weights of more than 1.5 GB lie beside it in `<name>.data`, because
-    an ONNX file can't be larger than 2 GB.
+    Its output `probabilities` is float32, (batch, num_labels). Its metadata are `backbone`, and as JSON `labels` and
+    `geometry`.
 
     Args:
         classifier: on the CPU; it is put into evaluation mode.
@@ -58,23 +58,65 @@ def export_classifier(
     Raises:
         onnx.checker.ValidationError: if the exporter wrote what the standard does not allow.
     """
+    config = classifier.config
+    metadata = {
+        "backbone": config.backbone,
+        "labels": json.dumps(config.labels),
+        "geometry": json.dumps(dict(geometry)),
+    }
+    export_network(_Predictor(classifier), example, PROBABILITIES, path, metadata)
+
+
+def export_detector(
+    detector: Detector,
+    example: UInt8[Tensor, "batch channels height width"],
+    path: Path,
+    geometry: Mapping[str, Any],
+    threshold: float,
+) -> None:
+    """Write a detector as `export_network` does.
+
+    Its outputs are float32: `anomaly_scores`, (batch,), and `anomaly_maps`, (batch, height, width), in the geometry of
+    the prepared images. Its metadata are `detector`, and as JSON `threshold`, above which an image is flagged, and
+    `geometry`.
+
+    Args and errors are those of `export_classifier`.
+    """
+    metadata = {
+        "detector": detector.name,
+        "threshold": json.dumps(threshold),
+        "geometry": json.dumps(dict(geometry)),
+    }
+    export_network(detector, example, ANOMALIES, path, metadata)
+
+
+def export_network(
+    network: nn.Module,
+    example: UInt8[Tensor, "batch channels height width"],
+    outputs: Sequence[str],
+    path: Path,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a network as an ONNX file, checked and whole: a reader sees the old file or the new one.
+
+    Its input `images` is uint8, (batch, channels, height, width) with any batch and the sides of prepared images; crop,
+    resize and normalisation are inside. Weights of more than 1.5 GB lie beside it in `<name>.data`, because an ONNX
+    file can't be larger than 2 GB.
+    """
     with _quiet():
         program = torch.onnx.export(
-            _Predictor(classifier).eval(),
+            network.eval(),
             (example,),
             dynamo=True,
             verbose=False,
             opset_version=OPSET,
             input_names=[INPUT],
-            output_names=[OUTPUT],
+            output_names=list(outputs),
             dynamic_shapes={INPUT: {0: "batch"}},
         )
         assert program is not None  # the exporter by dynamo gives one
         ClearMetadataAndDocStringPass()(program.model)  # the exporter notes in which files of this machine the code is
-    config = classifier.config
-    program.model.metadata_props.update(
-        backbone=config.backbone, labels=json.dumps(config.labels), geometry=json.dumps(dict(geometry))
-    )
+    program.model.metadata_props.update(metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=path.parent) as folder:
         program.save(Path(folder) / path.name)
@@ -97,17 +139,17 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def run_exported(
-    path: Path, images: UInt8[np.ndarray, "num_images channels height width"], batch_size: int = 128
-) -> Float32[np.ndarray, "num_images num_labels"]:
-    """Probabilities that an exported classifier gives, by onnxruntime on as many of the CPU's cores as torch uses."""
-    onnxruntime.disable_telemetry_events()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = ERRORS_ALONE
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    parts = [
-        session.run([OUTPUT], {INPUT: images[start : start + batch_size]})[0]
-        for start in range(0, len(images), batch_size)
-    ]
-    return np.concatenate(parts)
+class ExportedModel:
+    """An exported file, by onnxruntime on as many of the CPU's cores as torch uses."""
+
+    def __init__(self, path: Path) -> None:
+        onnxruntime.disable_telemetry_events()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = ERRORS_ALONE
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def run(self, images: UInt8[np.ndarray, "batch channels height width"]) -> list[np.ndarray]:
+        """All its outputs for one batch, float32, a row an image."""
+        outputs: list[np.ndarray] = self.session.run(None, {INPUT: images})
+        return outputs

@@ -19,7 +19,7 @@ from loupe.tracking.runs import connect, find_run, log_results
 MODEL, FOLDER = MODELS / "classifier", MODELS / "exported" / "classifier"
 METRICS = REPORTS / "metrics" / "classifier_export.json"
 NUM_EXAMPLES = 2  # one alone would freeze the batch size
-CHUNK = 512
+BATCH_SIZE = 128
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,8 @@ def export_classifier(params: Params) -> None:
     path = FOLDER / "model.onnx"
     prepared = load_prepared(PREPARED / "classifier")
     classifier = load_classifier(MODEL)
-    examples = _read(prepared, np.arange(NUM_EXAMPLES))
-    export.export_classifier(classifier, examples, path, prepared.geometry.to_json())
+    example = torch.from_numpy(next(prepared.read_batches(np.arange(NUM_EXAMPLES), NUM_EXAMPLES)))
+    export.export_classifier(classifier, example, path, prepared.geometry.to_json())
     agreement = compare_scores(*_predict_twice(classifier, path, prepared))
     files = sorted(FOLDER.iterdir())
     values = {**asdict(agreement), "num_bytes": sum(file.stat().st_size for file in files)}
@@ -47,19 +47,13 @@ def export_classifier(params: Params) -> None:
 
 
 def _predict_twice(classifier: Classifier, path: Path, prepared: Prepared) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities of the test images by torch and by the file, both on the CPU, some hundreds read at a time."""
-    rows = prepared.rows_of("test")
+    """Probabilities of the test images by torch and by the file, both on the CPU, some at a time."""
+    exported = export.ExportedModel(path)
     by_torch, by_file = [], []
-    for start in range(0, len(rows), CHUNK):
-        images = _read(prepared, rows[start : start + CHUNK])
-        by_torch.append(predict_probabilities(classifier, images).numpy())
-        by_file.append(export.run_exported(path, images.numpy()))
+    for images in prepared.read_batches(prepared.rows_of("test"), BATCH_SIZE):
+        by_torch.append(predict_probabilities(classifier, torch.from_numpy(images)).numpy())
+        by_file += exported.run(images)
     return np.concatenate(by_torch), np.concatenate(by_file)
-
-
-def _read(prepared: Prepared, rows: np.ndarray) -> torch.Tensor:
-    """Images as (num_images, channels, height, width)."""
-    return torch.from_numpy(prepared.images[rows].transpose(0, 3, 1, 2).copy())
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, UInt8
@@ -37,7 +37,7 @@ class Detector(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def build(cls, config: Any, weights: str) -> Self:
+    def build(cls, config: Any, weights: str) -> "Detector":
         """A detector to be fitted, or to load weights into.
 
         Args:
@@ -85,7 +85,7 @@ class FeatureDetector(Detector):
         self.extractor = FeatureExtractor(config, backbone)
 
     @classmethod
-    def build(cls, config: FeatureConfig, weights: str) -> Self:
+    def build(cls, config: FeatureConfig, weights: str) -> "FeatureDetector":
         options = build_options(config.backbone, config.size, len(config.mean))
         return cls(config, build_backbone(config.backbone, weights, **options))
 
