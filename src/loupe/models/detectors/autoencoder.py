@@ -187,7 +187,7 @@ def compute_dissimilarities(
         stack(reconstructions), stack(targets), data_range=1.0, return_full_image=True
     )
     inside = slice(WINDOW // 2, -(WINDOW // 2))
-    one_by_one: Tensor = similarities[0].unflatten(1, (len(targets), -1))
+    one_by_one: Tensor = similarities[0].unflatten(1, (targets.shape[0], -1))
     return 1 - one_by_one[:, :, inside, inside].mean(dim=0)
 
 
