@@ -123,6 +123,23 @@ def ladder() -> None:
 
 
 @app.command()
+def reconstruct(
+    source: Annotated[
+        Path | None, typer.Argument(help="An image or a folder of images; if left out, some of the test images.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The picture, a PNG file.")] = Path("reports/reconstructions.png"),
+    latents: Annotated[
+        Path | None, typer.Option(help="Write the latent vectors of all these images as well, as a Parquet file.")
+    ] = None,
+) -> None:
+    """Show what the trained autoencoder makes of images: originals, reconstructions, errors."""
+    from loupe.reconstruction import show_reconstructions  # torch takes seconds
+
+    for path in show_reconstructions(source, out, latents):
+        typer.echo(f"written: {path}")
+
+
+@app.command()
 def model(
     name: Annotated[str, typer.Argument(help="A network that timm knows, or the course's own, such as lenet5.")],
     size: Annotated[
