@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from loupe.reporting.charts import DOTTED_POINTS, Line, build_chart
+from loupe.reporting.charts import DOTTED_POINTS, NUM_BARS, Line, build_chart, build_score_chart
 
 
 def chart(x, y, **options):
@@ -68,3 +68,39 @@ def test_a_mark_has_a_place_and_a_name():
     drawn = chart([0, 1, 2], [1, 2, 3], whole_x=True, mark=(1.0, "kept epoch"))
     assert drawn.mark == drawn.x_ticks[1].place
     assert drawn.mark_name == "kept epoch"
+
+
+def score_chart(upper, lower, also=(0.5,)):
+    values = (np.array(scores, np.float64) for scores in (upper, lower, also))
+    return build_score_chart("scores", ("normal", "anomalous"), *values)
+
+
+def test_two_kinds_of_scores_stand_back_to_back_in_the_same_unit():
+    generator = np.random.default_rng(0)
+    drawn = score_chart(generator.normal(0, 1, 200), generator.normal(2, 1, 50))
+    assert all(bar.y + bar.height == pytest.approx(drawn.middle, abs=0.11) for bar in drawn.upper)
+    assert all(bar.y == drawn.middle for bar in drawn.lower)
+    upper, lower = (sum(bar.height for bar in bars) for bars in (drawn.upper, drawn.lower))
+    assert upper == pytest.approx(lower, rel=0.03)
+    assert min(bar.y for bar in drawn.upper) == pytest.approx(drawn.top, abs=0.11)
+    assert max(bar.y + bar.height for bar in drawn.lower) == pytest.approx(drawn.bottom, abs=0.11)
+
+
+def test_bars_count_the_scores_between_their_ends():
+    scores = np.random.default_rng(0).normal(0, 1, 200)
+    drawn = score_chart(scores, [])
+    counts = np.histogram(scores, np.linspace(drawn.low, drawn.high, NUM_BARS + 1))[0]
+    assert [int(bar.text.split()[0]) for bar in drawn.upper] == counts[counts > 0].tolist()
+    assert drawn.lower == []
+
+
+@pytest.mark.parametrize(
+    ("upper", "lower", "also"), [([1], [1], [1]), ([], [], [3]), ([-5, 1e6], [], [0]), ([1], [2], [9])]
+)
+def test_all_scores_and_the_others_lie_inside_the_chart_of_scores(upper, lower, also):
+    drawn = score_chart(upper, lower, also)
+    assert drawn.low < min([*upper, *lower, *also])
+    assert drawn.high > max([*upper, *lower, *also])
+    assert all(drawn.left <= bar.x <= bar.x + bar.width <= drawn.right + 0.11 for bar in [*drawn.upper, *drawn.lower])
+    assert all(drawn.left <= tick.place <= drawn.right for tick in drawn.x_ticks)
+    assert len(drawn.x_ticks) >= 2

@@ -101,13 +101,15 @@ def judge_detector(test: Scored, threshold: Threshold, pixels: Pixels | None, se
 def find_worst_misses(test: Scored, number: int) -> Positions:
     """Positions of the anomalous images with the lowest scores, the lowest first, whether they are flagged or not."""
     order: np.ndarray = np.argsort(test.scores, kind="stable")
-    return order[test.is_anomalous[order]][:number]
+    misses: np.ndarray = order[test.is_anomalous[order]]
+    return misses[:number]
 
 
 def find_worst_false_alarms(test: Scored, number: int) -> Positions:
     """Positions of the normal images with the highest scores, the highest first, whether they are flagged or not."""
     order: np.ndarray = np.argsort(-test.scores, kind="stable")
-    return order[~test.is_anomalous[order]][:number]
+    alarms: np.ndarray = order[~test.is_anomalous[order]]
+    return alarms[:number]
 
 
 def choose_fixed_sample(image_ids: Sequence[str], labels: Sequence[str], number: int) -> Positions:

@@ -1,4 +1,4 @@
-"""Charts for a page, of lines or intervals: values brought to the coordinates of an SVG, which the template draws."""
+"""Charts for a page, of lines, intervals or scores: values in the coordinates of an SVG, which the template draws."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,12 +9,14 @@ from matplotlib.ticker import MaxNLocator
 
 WIDTH, HEIGHT = 420, 280  # of the whole picture, in its own units; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 40  # margins, for ticks and names of axes
+WIDE, NUM_BARS, MARGIN = 880, 80, 0.02  # of a chart of scores: its width, bars along it, and room beside them
 NAMES, ROW_HEIGHT = 150, 36  # of a chart of intervals: the margin for names of rows, and a row
 NUM_TICKS = 6
 DOTTED_POINTS = 30  # more would run into each other
 LEAST_RADIUS, MOST_RADIUS = 2.5, 9.0
 
 Values = Float[np.ndarray, " num_points"]
+Scores = Float[np.ndarray, " _num_scores"]
 Range = tuple[float, float]
 
 
@@ -118,6 +120,78 @@ class IntervalChart(NamedTuple):
         return self.height - BOTTOM
 
 
+class Bar(NamedTuple):
+    """A bar of a histogram, and the text that a pointer finds there."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    text: str
+
+
+class ScoreChart(NamedTuple):
+    """All that a template needs to draw two histograms back to back, in the picture's units, y downwards.
+
+    `upper` bars stand on `middle`, `lower` ones hang from it. `low` and `high` are the scores at `left` and `right`.
+    """
+
+    title: str
+    x_name: str
+    x_ticks: list[Tick]
+    upper: list[Bar]
+    lower: list[Bar]
+    middle: float
+    low: float
+    high: float
+    width: int = WIDE
+    height: int = HEIGHT
+    left: int = RIGHT
+    right: int = WIDE - RIGHT
+    top: int = TOP
+    bottom: int = HEIGHT - BOTTOM
+
+
+def build_score_chart(title: str, names: tuple[str, str], upper: Scores, lower: Scores, also: Scores) -> ScoreChart:
+    """Lay out histograms of two kinds of scores; a bar's height is its part of the scores of its kind.
+
+    Args:
+        title: what it shows, for those who do not see it.
+        names: of the two kinds.
+        also: other scores that must lie within the picture.
+    """
+    least, most = _find_range([upper, lower, also])
+    margin = MARGIN * (most - least) or 1.0
+    span = (least - margin, most + margin)
+    edges = np.linspace(*span, NUM_BARS + 1)
+    parts = [np.histogram(scores, edges)[0] / max(1, len(scores)) for scores in (upper, lower)]
+    highest = [float(part.max()) for part in parts]
+    unit = (HEIGHT - TOP - BOTTOM) / (sum(highest) or 1)
+    middle = round(TOP + unit * highest[0], 1)
+    drawn: list[list[Bar]] = [[], []]
+    for side, (name, scores, part) in enumerate(zip(names, (upper, lower), parts, strict=True)):
+        for start, end, value in zip(edges[:-1], edges[1:], part.tolist(), strict=True):
+            left, right = (_place(float(edge), span, RIGHT, WIDE - RIGHT) for edge in (start, end))
+            text = f"{round(value * len(scores))} {name} from {start:.4g} to {end:.4g}"
+            height = round(unit * value, 1)
+            if value:
+                drawn[side].append(Bar(left, middle - height * (side == 0), round(right - left, 1), height, text))
+    return ScoreChart(
+        title=title,
+        x_name="anomaly score (raw)",
+        x_ticks=[
+            Tick(_place(step, span, RIGHT, WIDE - RIGHT), f"{step:g}")
+            for step in _choose_steps(span, False)
+            if span[0] <= step <= span[1]
+        ],
+        upper=drawn[0],
+        lower=drawn[1],
+        middle=middle,
+        low=span[0],
+        high=span[1],
+    )
+
+
 def build_interval_chart(title: str, x_name: str, rows: Sequence[Measured]) -> IntervalChart:
     """Lay out intervals, the first at the top.
 
@@ -203,7 +277,7 @@ def _drop_infinite(line: Line) -> Line:
     return line._replace(x=line.x[kept], y=line.y[kept], weights=weights)
 
 
-def _find_range(values: Sequence[Values]) -> Range:
+def _find_range(values: Sequence[Scores]) -> Range:
     joined = np.concatenate(values)
     return (float(joined.min()), float(joined.max())) if joined.size else (0.0, 1.0)
 

@@ -1,25 +1,32 @@
-"""Test the detector, once: figures, scores and pictures for DVC and for the run that made it."""
+"""Test the detector, once: figures, scores, pictures and a page for DVC and for the run that made it."""
 
+import json
 import logging
 
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
+from jaxtyping import Int64, UInt8
 
 from loupe.config import Params
-from loupe.data.manifest import save_table
+from loupe.data.manifest import load_table, save_table
 from loupe.data.prepare import Prepared, load_prepared
-from loupe.evaluation.anomaly import compute_anomaly_metrics, compute_pixel_auroc
-from loupe.evaluation.pictures import draw_heat_maps, draw_history, draw_scores
-from loupe.models.detectors.autoencoder import Autoencoder, compute_maps, compute_scores, load_autoencoder
+from loupe.errors import DataError
+from loupe.evaluation.detection import DetectorJudgement, Pixels, Scored, judge_detector
+from loupe.evaluation.thresholds import explain_threshold
+from loupe.models.detectors.base import Detector
+from loupe.models.detectors.family import load_detector
 from loupe.models.files import load_config
+from loupe.reporting.page import render_page, save_page
+from loupe.stages.detector_explanation import compute_in_batches, explain_detector
+from loupe.stages.detector_report import Report, describe_detector, render_report, save_pictures
 from loupe.stages.entry import run_stage, save_json
-from loupe.stages.files import HISTORY, MODELS, PREPARED, REPORTS, RUN, SKIPPED, load_data_set
+from loupe.stages.files import CALIBRATION, HISTORY, MODELS, PREPARED, REPORTS, RUN, SKIPPED, load_data_set
 from loupe.tracking.runs import connect, find_run, log_results
 
 FOLDER, MODEL = REPORTS / "detector", MODELS / "detector"
-METRICS = REPORTS / "metrics" / "detector.json"
+METRICS, PAGE = REPORTS / "metrics" / "detector.json", REPORTS / "detector.html"
+MOST_MAP_BYTES = 1 << 30  # of maps that are kept for figures over pixels, which take three times as much
 
 log = logging.getLogger(__name__)
 
@@ -27,62 +34,86 @@ log = logging.getLogger(__name__)
 def evaluate_detector(params: Params) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     if (MODEL / SKIPPED).exists():
-        save_json({}, METRICS)
+        _say_why_not()
         return
-    prepared, config = load_prepared(PREPARED / "detector"), load_config(MODEL)
-    autoencoder = load_autoencoder(MODEL).to("cuda" if torch.cuda.is_available() else "cpu")
+    prepared, config, name = load_prepared(PREPARED / "detector"), load_config(MODEL), load_data_set().name
+    detector = load_detector(MODEL).to("cuda" if torch.cuda.is_available() else "cpu")
     rows = prepared.rows_of("test")
-    index = prepared.index.iloc[rows].reset_index(drop=True)
-    images = torch.from_numpy(prepared.images[rows]).permute(0, 3, 1, 2)
-    scores = compute_scores(autoencoder, images).numpy().astype(np.float64)
-    table = pd.DataFrame(
-        {
-            "image_id": index["image_id"],
-            "label": index["label"],
-            "anomaly_score": scores,
-            "is_anomalous": scores > config["threshold"],
-            "threshold": config["threshold"],
-        }
+    test, pixels = _ask(detector, prepared, rows, config["normal_label"])
+    calibration_scores = load_table(MODEL / CALIBRATION)["anomaly_score"].to_numpy()
+    threshold = explain_threshold(calibration_scores, config["false_alarm_rate"])
+    report = Report(
+        name=name,
+        facts=describe_detector(config, prepared, params.seed),
+        history=_load_history(),
+        test=test,
+        calibration_scores=calibration_scores,
+        judgement=judge_detector(test, threshold, pixels, params.seed),
+        explanation=explain_detector(detector, prepared, rows, test, params.evaluate_detector.num_pictures),
     )
-    save_table(table, FOLDER / "scores.parquet")
-    metrics = _compute_metrics(autoencoder, prepared, rows, scores, config)
-    figures = {
-        "scores": draw_scores(scores, list(index["label"]), config["normal_label"], config["threshold"]),
-        "history": draw_history(pd.read_csv(MODEL / HISTORY)),
-        "heat_maps": _draw_samples(
-            autoencoder, images, table, config["normal_label"], params.evaluate_detector.num_pictures
-        ),
-    }
-    for name, figure in figures.items():
-        figure.savefig(FOLDER / f"{name}.png")
+    metrics = _name_metrics(report.judgement, prepared)
+    pictures = save_pictures(report, FOLDER)
+    save_page(render_report(report), PAGE)
+    _save_scores(prepared, rows, test, threshold.value)
     save_json(metrics, METRICS)
-    client = connect(load_data_set().name)
-    log_results(
-        client, find_run(client, MODEL / RUN), metrics=metrics, figures=figures, files=[FOLDER / "scores.parquet"]
-    )
-    for name, value in metrics.items():
-        log.info("%s %.4f", name, value)
+    client = connect(name)
+    files = [*pictures.values(), FOLDER / "scores.parquet", PAGE]
+    log_results(client, find_run(client, MODEL / RUN), metrics=metrics, files=files)
+    for metric, value in metrics.items():
+        if metric.count("/") == 2:  # those of single kinds stand on the page
+            log.info("%s %.4f", metric, value)
 
 
-def _compute_metrics(
-    autoencoder: Autoencoder, prepared: Prepared, rows: np.ndarray, scores: np.ndarray, config: dict[str, object]
-) -> dict[str, float]:
-    is_anomalous = prepared.index["label"].to_numpy()[rows] != config["normal_label"]
-    metrics = compute_anomaly_metrics(is_anomalous, scores, float(str(config["threshold"])))
-    mask_rows = prepared.index["mask_row"].to_numpy()[rows]
-    if (mask_rows >= 0).any():
-        known = rows[(mask_rows >= 0) | ~is_anomalous]
-        maps = compute_maps(autoencoder, torch.from_numpy(prepared.images[known]).permute(0, 3, 1, 2)).numpy()
-        metrics["pixel_auroc"] = compute_pixel_auroc(_gather_masks(prepared, known), maps)
-    metrics |= {"num_images": len(rows), "num_anomalous": int(is_anomalous.sum())}
-    return {f"detector/test/{name}": value for name, value in metrics.items()} | {
-        "detector/threshold": float(str(config["threshold"])),
-        "detector/train/num_images": len(prepared.rows_of("train")),
-        "detector/calibration/num_images": len(prepared.rows_of("calibration")),
-    }
+def _say_why_not() -> None:
+    """DVC's outs are there all the same."""
+    reason = json.loads((MODEL / SKIPPED).read_text(encoding="utf-8"))["reason"]
+    values = {"name": load_data_set().name, "task": "detector", "reason": reason}
+    save_json({}, METRICS)
+    save_page(render_page("skipped.html.jinja", values), PAGE)
 
 
-def _gather_masks(prepared: Prepared, rows: np.ndarray) -> np.ndarray:
+def _load_history() -> pd.DataFrame | None:
+    """A row an epoch; None of a detector that was not trained in epochs."""
+    history = pd.read_csv(MODEL / HISTORY)
+    return history if len(history) > 1 else None
+
+
+def _ask(
+    detector: Detector, prepared: Prepared, rows: Int64[np.ndarray, " num_images"], normal_label: str
+) -> tuple[Scored, Pixels | None]:
+    """What the detector says of the images at `rows`, and of the pixels of those whose masks are known.
+
+    Raises:
+        DataError: if a score is not finite.
+    """
+    known = _find_known(prepared, rows, normal_label)
+    scores, maps = compute_in_batches(detector, prepared, rows, known)
+    if wrong := int((~np.isfinite(scores)).sum()):
+        raise DataError(
+            f"the scores of {wrong} of {len(scores)} test images are no finite numbers: the detector is broken; train "
+            f"it again with a lower learning rate, or choose another with train_detector.model"
+        )
+    test = Scored(list(prepared.index["label"].iloc[rows]), scores, normal_label)
+    return test, Pixels(_gather_masks(prepared, rows[known]), maps) if known.any() else None
+
+
+def _find_known(prepared: Prepared, rows: Int64[np.ndarray, " num_images"], normal_label: str) -> np.ndarray:
+    """Whether an image's pixels are known and its map is kept: those with masks, and normal ones beside them.
+
+    Of more than fit in memory the first are taken; rows are in the order of hashes, so that these are as good as drawn.
+    """
+    index = prepared.index.iloc[rows]
+    has_mask = index["mask_row"].to_numpy() >= 0
+    known = has_mask | index["label"].eq(normal_label).to_numpy()
+    most = MOST_MAP_BYTES // (4 * prepared.geometry.height * prepared.geometry.width)
+    if known.sum() > most:
+        log.info("figures over pixels are of %d of the %d images whose pixels are known", most, known.sum())
+    return known & (known.cumsum() <= most) & has_mask.any()
+
+
+def _gather_masks(
+    prepared: Prepared, rows: Int64[np.ndarray, " num_images"]
+) -> UInt8[np.ndarray, "num_images height width"]:
     """The masks of the images at `rows`; empty for images without one, which are normal."""
     masks = np.zeros((len(rows), prepared.geometry.height, prepared.geometry.width), np.uint8)
     mask_rows = prepared.index["mask_row"].to_numpy()[rows]
@@ -90,24 +121,25 @@ def _gather_masks(prepared: Prepared, rows: np.ndarray) -> np.ndarray:
     return masks
 
 
-def _draw_samples(
-    autoencoder: Autoencoder, images: torch.Tensor, table: pd.DataFrame, normal_label: str, num_pictures: int
-) -> Figure:
-    """Worst false alarms and worst misses, half and half: the most anomalous normal, the least anomalous anomalous."""
-    ranked = table.sort_values("anomaly_score", kind="stable")
-    half = -(-num_pictures // 2)
-    chosen = [
-        *ranked[ranked["label"].eq(normal_label)].index[::-1][:half],
-        *ranked[ranked["label"].ne(normal_label)].index[:half],
-    ]
-    device = autoencoder.preprocess.mean.device
-    with torch.inference_mode():
-        _, reconstructions = autoencoder(images[chosen].to(device))
-    maps = compute_maps(autoencoder, images[chosen]).numpy()
-    titles = [f"{table['label'][i]}\n{table['anomaly_score'][i]:.2g}" for i in chosen]
-    return draw_heat_maps(
-        images[chosen].permute(0, 2, 3, 1).numpy(), reconstructions.permute(0, 2, 3, 1).cpu().numpy(), maps, titles
+def _name_metrics(judgement: DetectorJudgement, prepared: Prepared) -> dict[str, float]:
+    return {
+        **{f"detector/test/{name}": value for name, value in judgement.to_metrics().items()},
+        "detector/threshold": judgement.threshold.value,
+        **{f"detector/{split}/num_images": len(prepared.rows_of(split)) for split in ("train", "calibration")},
+    }
+
+
+def _save_scores(prepared: Prepared, rows: Int64[np.ndarray, " num_images"], test: Scored, threshold: float) -> None:
+    table = pd.DataFrame(
+        {
+            "image_id": prepared.index["image_id"].to_numpy()[rows],
+            "label": test.labels,
+            "anomaly_score": test.scores,
+            "is_anomalous": test.scores > threshold,
+            "threshold": threshold,
+        }
     )
+    save_table(table, FOLDER / "scores.parquet")
 
 
 if __name__ == "__main__":
