@@ -10,7 +10,6 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from loupe.models.detectors.base import Batches, FeatureDetector
 from loupe.models.detectors.features import FeatureConfig, Features, concatenate_levels
-from loupe.models.detectors.moments import flatten_places
 
 LEVELS = slice(1, 3)  # strides 8 and 16, as in the paper
 BANK_SIZE = 4096
@@ -37,7 +36,8 @@ class KnnPatches(FeatureDetector):
         """
         bank, keys = self.bank[:0], torch.empty(0, device=self.bank.device)
         for features in batches():
-            patches = flatten_places(concatenate_levels(features[LEVELS]))
+            levels = concatenate_levels(features[LEVELS])
+            patches = levels.permute(0, 2, 3, 1).flatten(0, 2)
             drawn = torch.rand(len(patches), generator=generator).to(keys.device)
             keys, order = torch.cat([keys, drawn]).sort()
             keys, bank = keys[:BANK_SIZE], torch.cat([bank, patches])[order[:BANK_SIZE]]
