@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 from torch.nn import functional as F
 
 from loupe.data.loading import PreparedDataset
@@ -18,6 +19,7 @@ from loupe.training.classifier import (
     RECIPES,
     ClassifierTraining,
     Recipe,
+    compute_calibrated_loss,
     compute_features,
     compute_targets,
     train_network,
@@ -91,16 +93,41 @@ def test_a_head_on_frozen_features_is_epoch_0_and_the_whole_network_counts_on(br
     _, history = train(bright_and_dark, tmp_path, recipe_of(name), lambda epoch, metrics: told.append((epoch, metrics)))
     assert [epoch for epoch, _ in told] == epochs
     assert list(history.to_table()["epoch"]) == epochs
-    assert all({"train/loss", "val/loss", "val/accuracy"} <= set(metrics) for _, metrics in told)
+    assert all({"train/loss", "val/loss", "val/calibrated_loss", "val/accuracy"} <= set(metrics) for _, metrics in told)
 
 
-def test_the_best_epoch_is_the_one_with_the_lowest_val_loss_and_its_weights_are_kept(bright_and_dark, tmp_path):
+def test_the_best_epoch_has_the_lowest_calibrated_loss_on_val_and_its_weights_are_kept(bright_and_dark, tmp_path):
     classifier, history = train(bright_and_dark, tmp_path, recipe_of())
-    assert history.best_epoch == history.to_table()["val/loss"].argmin()
+    assert history.best_epoch == history.to_table()["val/calibrated_loss"].argmin()
     kept = {key: value.clone() for key, value in classifier.state_dict().items()}
     load_weights(classifier, tmp_path / "model.safetensors")
     assert all(torch.equal(kept[key], value) for key, value in classifier.state_dict().items())
     assert (tmp_path / "last.safetensors").exists()
+
+
+def test_being_too_sure_does_not_count_against_an_epoch():
+    generator = np.random.default_rng(0)
+    targets = generator.integers(0, 3, 60)
+    logits = torch.from_numpy(generator.normal(size=(60, 3)) + 2 * np.eye(3)[targets])
+    plain, sure = (compute_calibrated_loss(targets, (scale * logits).softmax(dim=1).numpy()) for scale in (1.0, 4.0))
+    slow = min(F.cross_entropy(logits / t, torch.from_numpy(targets)).item() for t in np.geomspace(0.1, 10, 2_000))
+    assert sure == pytest.approx(plain, rel=1e-3) == pytest.approx(slow, rel=1e-3)
+    assert F.cross_entropy(4 * logits, torch.from_numpy(targets)) > 1.2 * plain
+
+
+def test_an_epoch_that_knows_nothing_is_never_better_than_one_that_knows_a_little_and_is_too_sure():
+    targets = np.repeat([0, 1], 10)
+    knows_nothing = np.full((20, 2), 0.5)
+    right = np.r_[np.ones(7), np.zeros(3)].astype(bool)
+    knows_a_little = np.where(np.r_[right, ~right][:, None], [0.999, 0.001], [0.001, 0.999])
+    assert log_loss(targets, knows_a_little) > log_loss(targets, knows_nothing)
+    assert compute_calibrated_loss(targets, knows_a_little) < compute_calibrated_loss(targets, knows_nothing)
+
+
+def test_a_training_that_diverges_ends_with_the_head_it_began_with(bright_and_dark, tmp_path):
+    _, history = train(bright_and_dark, tmp_path, recipe_of(optimizer="sgd", learning_rate=1e30))
+    assert history.best_epoch == 0
+    assert np.isnan(history.rows[-1]["val/calibrated_loss"])
 
 
 def test_a_head_alone_leaves_the_backbone_as_it_was(bright_and_dark, tmp_path):
@@ -184,7 +211,7 @@ def test_a_moving_average_is_what_is_validated_and_kept(bright_and_dark, tmp_pat
     classifier, history = train(bright_and_dark, tmp_path / "averaged", recipe_of("scratch", ema_decay=0.5))
     images = torch.from_numpy(bright_and_dark.images).permute(0, 3, 1, 2)
     loss = F.nll_loss(predict_probabilities(classifier.eval(), images).log(), bright_and_dark.targets)
-    assert float(loss) == pytest.approx(history.best_loss, rel=1e-3)
+    assert float(loss) == pytest.approx(history.rows[history.best_epoch]["val/loss"], rel=1e-3)
     other, _ = train(bright_and_dark, tmp_path / "none", recipe_of("scratch"))
     assert not torch.equal(classifier.head.weight, other.head.weight)
 

@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
 from loupe.data.loading import PreparedDataset, build_loader
+from loupe.evaluation.calibration import fit_temperature, scale_probabilities
 from loupe.models.classifiers import Classifier
 from loupe.models.files import WEIGHTS, load_weights
 from loupe.models.optimization import build_optimizer
@@ -39,6 +40,7 @@ from loupe.training.trainer import (
 PENALTIES = (10.0, 100.0, 1_000.0, 10_000.0)
 MAX_ITERATIONS = 100
 NUM_AUGMENTED = 4  # augmented versions of each image whose features a head learns from
+JUDGED_BY = "val/calibrated_loss"
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +104,7 @@ class ClassifierTraining(pl.LightningModule):
         self.mix = _build_mix(recipe, len(class_weights))
         average = get_ema_multi_avg_fn(recipe.ema_decay)
         self.averaged = AveragedModel(classifier, multi_avg_fn=average, use_buffers=True) if recipe.ema_decay else None
+        self.val_outputs: list[tuple[Tensor, Tensor]] = []
         self.plateau: ReduceLROnPlateau | None = None
         self.stopped_plateau: dict[str, Any] | None = None
 
@@ -141,11 +144,17 @@ class ClassifierTraining(pl.LightningModule):
         accuracy = (logits.argmax(dim=1) == targets).float().mean()
         self.log("val/loss", F.cross_entropy(logits, targets), batch_size=len(targets), prog_bar=True)
         self.log("val/accuracy", accuracy, batch_size=len(targets), prog_bar=True)
+        self.val_outputs.append((logits.softmax(dim=1).cpu(), targets.cpu()))
+
+    def on_validation_epoch_end(self) -> None:
+        probabilities, targets = (torch.cat(parts).numpy() for parts in zip(*self.val_outputs, strict=True))
+        self.val_outputs.clear()
+        self.log(JUDGED_BY, compute_calibrated_loss(targets, probabilities), prog_bar=True)
 
     def on_train_epoch_end(self) -> None:
         """Lightning would step this schedule after the checkpoint, which would then lack the step."""
         if self.plateau is not None:
-            self.plateau.step(self.trainer.callback_metrics["val/loss"])
+            self.plateau.step(self.trainer.callback_metrics[JUDGED_BY])
 
     def configure_optimizers(self) -> Any:
         recipe = self.recipe
@@ -187,7 +196,7 @@ def train_network(
     """
     plain = train.without_augmentation()
     train = train if recipe.steps.augments else plain
-    history = History(classifier, folder, report)
+    history = History(classifier, folder, report, JUDGED_BY)
     if recipe.steps.head and not (folder / CHECKPOINT).exists():
         versions = [train] * NUM_AUGMENTED if recipe.steps.augments and not recipe.steps.whole else []
         _train_head(classifier, [plain, *versions], val, history)
@@ -253,9 +262,14 @@ def _train_head(
         if loss >= metrics["val/loss"]:
             break  # a weaker one would fit the training images only better still
         accuracy = accuracy_score(val_targets, head.classes_[probabilities.argmax(axis=1)])
-        train_loss = log_loss(targets, head.predict_proba(features), labels=head.classes_)
         best = head
-        metrics = {"train/loss": train_loss, "val/loss": loss, "val/accuracy": accuracy, "head_penalty": penalty}
+        metrics = {
+            "train/loss": log_loss(targets, head.predict_proba(features), labels=head.classes_),
+            "val/loss": loss,
+            JUDGED_BY: compute_calibrated_loss(val_targets, probabilities),
+            "val/accuracy": accuracy,
+            "head_penalty": penalty,
+        }
     assert best is not None  # the first loss is below infinity
     _set_head(classifier.head, best)
     history.add({name: float(value) for name, value in metrics.items()})
@@ -292,6 +306,21 @@ def compute_features(
         features.append(classifier.compute_features(images.to(device)).float().cpu().numpy())
         targets.append(batch_targets.cpu().numpy())
     return np.concatenate(features), np.concatenate(targets)
+
+
+def compute_calibrated_loss(
+    targets: Int64[np.ndarray, " num_images"], probabilities: Float[np.ndarray, "num_images num_labels"]
+) -> float:
+    """The log loss that is left at the best temperature, lower is better; NaN where the network has diverged.
+
+    Epochs differ in how sure they are more than in how much they know: of a network that learns from few images the
+    plain loss rises while its accuracy rises too (Guo et al., arXiv:1706.04599, section 3). What is too sure can be put
+    right afterwards, as evaluation does with the calibration images.
+    """
+    if not np.isfinite(probabilities).all():
+        return float("nan")
+    scaled = scale_probabilities(probabilities, fit_temperature(targets, probabilities))
+    return float(log_loss(targets, scaled, labels=np.arange(probabilities.shape[1])))
 
 
 def compute_targets(labels: np.ndarray, classes: list[str]) -> Int64[np.ndarray, " num_images"]:

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how carefully is trained; `patience` counts epochs without progress of the loss on val.
+    """How long and how carefully is trained; `patience` counts epochs without progress of what judges them on val.
 
     Gradients of `accumulate` batches make a step; their norm is clipped to `gradient_clip`, 0 for never.
     """
@@ -44,13 +44,14 @@ class Schedule:
 class History(Callback):
     """Keeps each epoch's metrics, tells them to the log and to `report`, and keeps the best and the last weights.
 
-    The best epoch is the one with the lowest `val/loss`. After a stop it goes on where the checkpoint left it.
+    The best epoch is the one with the lowest `judged_by`. After a stop it goes on where the checkpoint left it.
     """
 
-    def __init__(self, network: nn.Module, folder: Path, report: Report) -> None:
+    def __init__(self, network: nn.Module, folder: Path, report: Report, judged_by: str = "val/loss") -> None:
         self.network = network
         self.folder = folder
         self.report = report
+        self.judged_by = judged_by
         self.rows: list[dict[str, float]] = []
         self.best_loss = math.inf
         self.best_epoch = 0
@@ -62,8 +63,8 @@ class History(Callback):
         self.report(epoch, metrics)
         log.info("epoch %d: %s", epoch, "  ".join(f"{name} {value:.4g}" for name, value in sorted(metrics.items())))
         save_weights(self.network.state_dict(), self.folder / LAST)
-        if metrics["val/loss"] < self.best_loss:
-            self.best_loss, self.best_epoch = metrics["val/loss"], epoch
+        if metrics[self.judged_by] < self.best_loss:
+            self.best_loss, self.best_epoch = metrics[self.judged_by], epoch
             save_weights(self.network.state_dict(), self.folder / WEIGHTS)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -123,7 +124,7 @@ def fit(
         devices=1,
         precision=schedule.precision,
         callbacks=[
-            EarlyStopping("val/loss", patience=schedule.patience),
+            EarlyStopping(history.judged_by, patience=schedule.patience),
             SeededEpochs(seed),
             history,
             LastEpoch(checkpoint),
