@@ -61,7 +61,7 @@ def load_detector(folder: Path) -> Detector:
 
 def _read_config(name: str, values: dict[str, Any]) -> Any:
     """A detector's config from JSON; that of a tiled one holds another's."""
-    plain = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     if name == TiledDetector.name:
         plain["inner"] = _read_config(plain["detector"], plain["inner"])
     return FAMILY[name].config_type(**plain)

@@ -1,0 +1,75 @@
+import logging
+
+import pytest
+import torch
+
+from loupe.errors import DataError
+from loupe.models.classifiers import get_data_config
+from loupe.models.detectors.base import detect, fit_detector
+from loupe.models.detectors.family import build_detector
+from loupe.models.detectors.features import FeatureConfig
+
+SIZE = (64, 64)
+NUM_PASSES = 3  # of the linear autoencoder's fit
+
+
+def draw(num_images, seed=0):
+    return torch.randint(0, 256, (num_images, 1, *SIZE), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+
+
+class Batches:
+    """Batches of 8, the last of which is smaller; `read` counts those that were read."""
+
+    def __init__(self, images):
+        self.images = images
+        self.read = 0
+
+    def __iter__(self):
+        for batch in self.images.split(8):
+            self.read += 1
+            yield batch
+
+
+@pytest.fixture
+def build():
+    data = get_data_config("tf_efficientnet_lite0")
+    config = FeatureConfig("tf_efficientnet_lite0", SIZE, SIZE, data.mean, data.std)
+    return lambda: build_detector("feature_autoencoder", config, "package")
+
+
+def count_bytes(detector, num_images):
+    return 4 * num_images * sum(channels * rows * columns for channels, rows, columns in detector.extractor.shapes)
+
+
+def fit(detector, most_bytes):
+    """How many images' features were computed, and what the log says."""
+    computed = []
+    detector.extractor.register_forward_hook(lambda module, inputs, outputs: computed.append(len(inputs[0])))
+    fit_detector(detector, Batches(draw(36)), seed=0, most_bytes=most_bytes)
+    return sum(computed)
+
+
+@pytest.mark.parametrize(("num_kept", "room"), [(0, 3.9), (16, 17.9), (20, 20), (36, 36)])
+def test_features_beyond_the_bound_are_computed_at_each_pass_and_the_result_is_the_same(build, caplog, num_kept, room):
+    caplog.set_level(logging.INFO, "loupe.models.detectors.base")
+    bounded, unbounded = build(), build()
+    num_computed = fit(bounded, int(count_bytes(bounded, room)))
+    assert caplog.messages == [
+        f"features of {num_kept} of 36 images are kept in memory; each pass computes the rest",
+    ]
+    assert num_kept <= room
+    assert num_computed == 36 + (NUM_PASSES - 1) * (36 - num_kept)
+    fit(unbounded, 1 << 30)
+    images = draw(4, seed=1)
+    torch.testing.assert_close(detect(bounded, images), detect(unbounded, images))
+
+
+def test_images_are_read_no_more_once_all_features_are_kept(build):
+    detector, batches = build(), Batches(draw(36))
+    fit_detector(detector, batches, seed=0)
+    assert batches.read == 2 + 5  # so many as hold enough images, and one pass
+
+
+def test_too_few_images_are_counted_to_the_last_batch(build):
+    with pytest.raises(DataError, match="needs at least 10 normal images to be fitted, got 9"):
+        fit_detector(build(), Batches(draw(9)), seed=0)
