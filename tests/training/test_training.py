@@ -14,6 +14,7 @@ from loupe.models.detectors.autoencoder import Autoencoder, AutoencoderConfig
 from loupe.models.detectors.base import detect
 from loupe.models.files import load_weights
 from loupe.models.optimization import build_optimizer, check_optimizer
+from loupe.models.preprocess import Preprocess
 from loupe.training.checkpoints import SafetensorsIO, read_epoch
 from loupe.training.classifier import (
     RECIPES,
@@ -51,6 +52,7 @@ def recipe_of(name="fine_tuned", epochs=2, patience=5, **knobs):
     plain = {
         "steps": RECIPES[name],
         "schedule": Schedule(epochs, patience, "32-true"),
+        "size": (32, 32),
         "batch_size": 16,
         "optimizer": "adamw",
         "learning_rate": 0.005,
@@ -214,6 +216,16 @@ def test_a_moving_average_is_what_is_validated_and_kept(bright_and_dark, tmp_pat
     assert float(loss) == pytest.approx(history.rows[history.best_epoch]["val/loss"], rel=1e-3)
     other, _ = train(bright_and_dark, tmp_path / "none", recipe_of("scratch"))
     assert not torch.equal(classifier.head.weight, other.head.weight)
+
+
+def test_a_network_may_be_used_on_larger_images_than_it_learns_from(bright_and_dark, tmp_path, monkeypatch):
+    seen = []
+    forward = Preprocess.forward
+    monkeypatch.setattr(Preprocess, "forward", lambda self, images: seen.append(self.size) or forward(self, images))
+    classifier, _ = train(bright_and_dark, tmp_path, recipe_of("scratch", epochs=1, size=(24, 24)))
+    assert set(seen) == {(24, 24), (32, 32)}
+    assert seen.index((24, 24)) < seen.index((32, 32))
+    assert classifier.preprocess.size == (32, 32)
 
 
 def test_l1_makes_weights_smaller(bright_and_dark, tmp_path):

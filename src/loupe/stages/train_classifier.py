@@ -21,7 +21,7 @@ from loupe.models.classifiers import (
     save_classifier,
 )
 from loupe.models.optimization import check_optimizer
-from loupe.models.weights import describe_source
+from loupe.models.weights import build_options, describe_source
 from loupe.stages.entry import run_stage, save_json
 from loupe.stages.files import MODELS, PREPARED, SKIPPED, TASKS
 from loupe.stages.recording import finish_recording, load_policy, open_memory, record_training
@@ -38,6 +38,10 @@ MANY_IMAGES = 2_000
 SMALL_LEARNING_RATE, LARGE_LEARNING_RATE = 1e-4, 2e-3
 SMALL_MIXUP, SMALL_CUTMIX = 0.2, 1.0
 AVERAGED_EPOCHS = 3
+# Random crops show things larger than whole images do: what is trained on them at 224 pixels is at its best on whole
+# images at 288 (Touvron et al., arXiv:1906.06423). Log loss of a head on frozen features of 128 photos fell from 0.36
+# to 0.32 so, in cross-validation. Few images leave the time.
+ENLARGEMENT = 9 / 7
 FOLDER = MODELS / "classifier"
 
 Value = TypeVar("Value")
@@ -91,12 +95,29 @@ def build_config(section: Section, weights: str, prepared: Prepared, labels: lis
         backbone=section.backbone,
         labels=labels,
         crop=(geometry.crop_height, geometry.crop_width),
-        size=(geometry.input_height, geometry.input_width),
+        size=_choose_size(section, prepared),
         mean=pretrained.mean,
         std=pretrained.std,
         channels=channels,
         channels_last=section.channels_last,
     )
+
+
+def _choose_size(section: Section, prepared: Prepared) -> tuple[int, int]:
+    """What the trained network sees: of few photos more than it learns from, where its layers allow any size."""
+    geometry = prepared.geometry
+    size, crop = (geometry.input_height, geometry.input_width), (geometry.crop_height, geometry.crop_width)
+    native = get_data_config(section.backbone).input_size
+    depends_on_size = "img_size" in build_options(section.backbone, size, geometry.channels)
+    if not _is_few(section, prepared) or depends_on_size or not size == crop == (native, native):
+        return size
+    side = 32 * round(native * ENLARGEMENT / 32)
+    return side, side
+
+
+def _is_few(section: Section, prepared: Prepared) -> bool:
+    """Whether a pretrained network has so few images that what it was taught before must be kept."""
+    return len(prepared.rows_of("train")) < MANY_IMAGES and not section.recipe.startswith("scratch")
 
 
 def choose_recipe(section: Section, prepared: Prepared) -> Recipe:
@@ -106,7 +127,7 @@ def choose_recipe(section: Section, prepared: Prepared) -> Recipe:
     from_scratch = section.recipe.startswith("scratch")
     most_epochs = MOST_EPOCHS_FROM_SCRATCH if from_scratch else MOST_EPOCHS
     batch_size = _resolve(section.batch_size, choose_batch_size(num_images))
-    is_few = num_images < MANY_IMAGES and not from_scratch
+    is_few = _is_few(section, prepared)
     num_averaged = AVERAGED_EPOCHS * max(1, num_images // (batch_size * section.accumulate))
     recipe = Recipe(
         steps=RECIPES[section.recipe],
@@ -119,6 +140,7 @@ def choose_recipe(section: Section, prepared: Prepared) -> Recipe:
             accumulate=section.accumulate,
             gradient_clip=section.gradient_clip,
         ),
+        size=(height, width),
         batch_size=batch_size,
         learning_rate=_resolve(section.learning_rate, SMALL_LEARNING_RATE if is_few else LARGE_LEARNING_RATE),
         rate_schedule=section.schedule,
@@ -130,7 +152,8 @@ def choose_recipe(section: Section, prepared: Prepared) -> Recipe:
         compiles=section.compile,
         **section.model_dump(include={"optimizer", "layer_decay", "weight_decay", "l1", "label_smoothing"}),
     )
-    _tell(section, recipe, num_images, f"{height} x {width}")
+    used_at = " x ".join(map(str, _choose_size(section, prepared)))
+    _tell(section, recipe, num_images, f"{height} x {width}, used at {used_at}")
     return recipe
 
 

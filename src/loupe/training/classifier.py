@@ -25,6 +25,7 @@ from loupe.evaluation.calibration import fit_temperature, scale_probabilities
 from loupe.models.classifiers import Classifier
 from loupe.models.files import WEIGHTS, load_weights
 from loupe.models.optimization import build_optimizer
+from loupe.models.preprocess import Preprocess
 from loupe.training.trainer import (
     CHECKPOINT,
     History,
@@ -68,6 +69,7 @@ RECIPES: dict[RecipeName, Steps] = {
 class Recipe:
     """How the whole network is trained. `learning_rate` is the head's, and the peak of its schedule.
 
+    `size` is the (height, width) in pixels of what it learns from; it may be used on larger images.
     `l1` is the weight of the sum of absolute weights in the loss; `mixup` and `cutmix` are the alphas of their beta
     distributions, 0 for never; `ema_decay` is of the moving average of the weights, which is then what is validated
     and kept, 0 for none. `adapts_batch_norm` lets the running statistics follow the new images.
@@ -75,6 +77,7 @@ class Recipe:
 
     steps: Steps
     schedule: Schedule
+    size: tuple[int, int]
     batch_size: int
     optimizer: str
     learning_rate: float
@@ -101,6 +104,10 @@ class ClassifierTraining(pl.LightningModule):
         self.classifier = classifier
         self.recipe = recipe
         self.register_buffer("class_weights", class_weights)
+        config = classifier.config
+        self.preprocess = Preprocess(
+            config.crop, recipe.size, config.channels, config.mean, config.std, config.memory_format
+        )
         self.mix = _build_mix(recipe, len(class_weights))
         average = get_ema_multi_avg_fn(recipe.ema_decay)
         self.averaged = AveragedModel(classifier, multi_avg_fn=average, use_buffers=True) if recipe.ema_decay else None
@@ -125,7 +132,7 @@ class ClassifierTraining(pl.LightningModule):
 
     def training_step(self, batch: Sequence[Tensor], batch_index: int) -> Tensor:
         images, targets = batch
-        inputs, targets = self.mix(self.classifier.preprocess(images), targets)
+        inputs, targets = self.mix(self.preprocess(images), targets)
         loss = F.cross_entropy(
             self.classifier.backbone(inputs), targets, self.class_weights, label_smoothing=self.recipe.label_smoothing
         )

@@ -1,0 +1,34 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from loupe.config import load_params
+from loupe.data.images import Geometry
+from loupe.data.prepare import Prepared
+from loupe.stages.train_classifier import build_config, choose_recipe
+
+PHOTOS = Geometry(256, 256, 3, 224, 224, 224, 224, "crop", "bicubic")
+SMALL = Geometry(28, 28, 1, 28, 28, 64, 64, "crop", "bicubic")
+CHOSEN = Geometry(320, 320, 3, 320, 320, 320, 320, "crop", "bicubic")
+
+
+@pytest.mark.parametrize(
+    ("num_images", "geometry", "knobs", "size"),
+    [
+        (100, PHOTOS, {}, 288),
+        (100, PHOTOS, {"recipe": "features"}, 288),
+        (100, PHOTOS, {"recipe": "scratch_augmented"}, 224),
+        (100, PHOTOS, {"backbone": "vit_tiny_patch16_224"}, 224),
+        (100, SMALL, {}, 64),
+        (100, CHOSEN, {}, 320),
+        (2_000, PHOTOS, {}, 224),
+    ],
+)
+def test_of_few_photos_a_pretrained_network_sees_more_than_it_learns_from(num_images, geometry, knobs, size):
+    section = load_params().train_classifier.model_copy(update=knobs)
+    images = np.zeros((1, geometry.height, geometry.width, geometry.channels), np.uint8)
+    prepared = Prepared(
+        images, np.zeros((0, *images.shape[1:3]), np.uint8), pd.DataFrame({"split": ["train"] * num_images}), geometry
+    )
+    assert build_config(section, "package", prepared, ["a", "b"]).size == (size, size)
+    assert choose_recipe(section, prepared).size == (geometry.input_height, geometry.input_width)
