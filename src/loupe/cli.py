@@ -106,11 +106,60 @@ def _build_settings() -> dict[str, str]:
 
 
 @app.command()
-def promote() -> None:
+def promote(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be decided, and change nothing.")] = False,
+    override: Annotated[
+        str | None, typer.Option(metavar="TASK", help="Make the trained classifier or detector champion regardless.")
+    ] = None,
+    reason: Annotated[str, typer.Option(help="Why it is overridden; kept in the audit.")] = "",
+) -> None:
     """Register what was trained, and decide who is champion."""
-    from loupe.promotion import promote as promote_models  # torch and mlflow take seconds
+    from loupe import promotion  # torch and mlflow take seconds
 
-    run_stage(promote_models)
+    if override is not None and dry_run:
+        raise ConfigError("--override decides nothing that --dry-run could show: use one of them")
+    if override is None and reason:
+        raise ConfigError("--reason is for --override: a decision by the rules has reasons of its own")
+    if override is not None:
+        task = override
+        run_stage(lambda params: promotion.override(task, reason))
+    else:
+        run_stage(lambda params: promotion.promote(params, dry_run))
+
+
+@app.command()
+def history(
+    name: Annotated[
+        str | None, typer.Argument(help="classifier, detector, or a model of MLflow's registry; both, if left out.")
+    ] = None,
+) -> None:
+    """Show who was champion, since when, by whose decision and why."""
+    from loupe.history import show_history  # mlflow takes seconds
+
+    run_stage(lambda params: show_history(name))
+
+
+@app.command()
+def rollback(
+    reason: Annotated[str, typer.Option(help="Why; kept in the audit.")],
+    task: Annotated[str | None, typer.Argument(help="classifier or detector; may be left out if only one is.")] = None,
+) -> None:
+    """Put the previous champion back; a second time, the one before it."""
+    from loupe.history import roll_back  # mlflow takes seconds
+
+    run_stage(lambda params: roll_back(task, reason))
+
+
+@app.command()
+def forget(
+    name: Annotated[str, typer.Argument(help="classifier, detector, or a model of MLflow's registry.")],
+    version: Annotated[str, typer.Argument(help="Its number.")],
+    reason: Annotated[str, typer.Option(help="Why; kept in the audit.")],
+) -> None:
+    """Delete a version that is neither champion, previous champion nor challenger."""
+    from loupe.history import forget as forget_version  # mlflow takes seconds
+
+    run_stage(lambda params: forget_version(name, version, reason))
 
 
 @app.command()

@@ -227,8 +227,8 @@ class EvaluateDetector(Section):
 class PromoteTask(Section):
     """What a new version must reach, and how a later one is compared with the champion on the same images.
 
-    `worst_floor` is for the class or kind of defect that does worst; `margin` is what the champion must be surpassed by,
-    with this `confidence`; latency and size may grow by these factors.
+    `worst_floor` is for the class or kind of defect that does worst; the champion must be surpassed by `margin` with
+    this `confidence`; latency and size may grow by these factors.
     """
 
     floor: float

@@ -3,94 +3,236 @@
 import hashlib
 import json
 import logging
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from loupe.config import Params, PromoteTask
-from loupe.data.manifest import load_table
+from loupe.data.manifest import compute_data_digest, load_table
 from loupe.data.split import load_tasks
+from loupe.errors import ConfigError, DataError, TrackingError
 from loupe.evaluation.agreement import Agreement
-from loupe.evaluation.anomaly import compute_image_auroc
-from loupe.evaluation.promotion import decide_promotion
+from loupe.evaluation.promotion import Decision, HoldOut, Measured, decide_promotion
 from loupe.stages.entry import save_json
-from loupe.stages.files import MODELS, PREPARED, PROMOTION, REPORTS, RUN, SKIPPED, TASKS, load_data_set
-from loupe.tracking import registry
+from loupe.stages.files import LISTING, MODELS, PREPARED, PROMOTION, REPORTS, RUN, SKIPPED, TASKS, load_data_set
+from loupe.tracking import champions, registry
+from loupe.tracking.audit import (
+    KEPT,
+    OVERRIDDEN,
+    ROLLED_BACK,
+    UNDECIDED,
+    Entry,
+    find_latest,
+    load_audit,
+)
+from loupe.tracking.registry import LoadedModel
 from loupe.tracking.runs import connect, find_run
 
-EXPORTED = ("classifier",)  # whose export stage leaves metrics/<task>_export.json
-METRICS = {"classifier": "accuracy", "detector": "image_auroc"}
+TASK_NAMES = ("classifier", "detector")
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one trained model. `champion_version` is None where no version has ever passed the floor."""
+    """What became of one trained model.
+
+    `version` is None where nothing was registered, and `champion_version` where nobody is champion. `decision` is a
+    word of the audit: promoted, kept, undecided, overridden, and so on.
+    """
 
     model: str
-    version: str
+    version: str | None
     run_id: str
     champion_version: str | None
+    decision: str
     reason: str
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Flat: each figure under `promotion/<figure>`."""
+        values = asdict(self)
+        return values | {f"promotion/{name}": value for name, value in values.pop("figures").items()}
 
 
-def promote(params: Params) -> None:
+@dataclass(frozen=True)
+class _Trained:
+    """What training left of one task, and the registered model that it belongs to."""
+
+    task: str
+    client: registry.MlflowClient
+    name: str
+    run_id: str
+    model_uri: str
+
+
+def promote(params: Params, dry_run: bool = False) -> None:
     """Register each trained model as challenger, decide whether it becomes champion, and write reports/promotion.json.
 
+    Args:
+        dry_run: decide and say so, and neither register, move nor write anything.
+
     Raises:
+        DataError: if nothing was trained.
         TrackingError: if the MLflow store does not hold the run of a model.
     """
-    outcomes = {
-        task: _promote_task(task, getattr(params.promote, task))
-        for task in METRICS
-        if not (MODELS / task / SKIPPED).exists()
-    }
-    save_json({task: asdict(outcome) for task, outcome in outcomes.items()}, PROMOTION)
+    tasks = [task for task in TASK_NAMES if not (MODELS / task / SKIPPED).exists()]
+    outcomes = {task: (_try if dry_run else _promote_task)(_find_trained(task), params) for task in tasks}
+    if not dry_run:
+        save_json({task: outcome.to_json() for task, outcome in outcomes.items()}, PROMOTION)
     for outcome in outcomes.values():
         log.info(
-            "%s version %s: %s; the champion is %s",
+            "%s %s: %s: %s; the champion %s %s",
             outcome.model,
-            outcome.version,
+            f"version {outcome.version}" if outcome.version else f"of run {outcome.run_id[:8]}",
+            f"would be {outcome.decision}" if dry_run else outcome.decision,
             outcome.reason,
+            "stays" if dry_run else "is",
             f"version {outcome.champion_version}" if outcome.champion_version else "nobody yet",
         )
 
 
-def _promote_task(task: str, rules: PromoteTask) -> Outcome:
-    data_set = load_data_set()
-    name = f"{data_set.name}-{task}"
-    client = connect(data_set.name)
+def override(task: str, reason: str) -> None:
+    """Make what was trained champion because a person says so; floors and champion are not asked.
+
+    Raises:
+        ConfigError: if there is no such task, or no reason.
+        DataError: if none was trained.
+        TrackingError: if it is champion already, or its export disagrees with it, which no one can override.
+    """
+    check_reason(reason)
+    check_task(task)
+    trained = _find_trained(task)
+    flaw = _find_flaw(task)
+    if flaw is not None:
+        raise TrackingError(f"{trained.name} is not promoted by override either, as {flaw}")
+    version = str(_register(trained).version)
+    champion = _find_champion(trained)
+    if champion == version:
+        raise TrackingError(f"version {version} of {trained.name} is champion already")
+    digest = compute_data_digest(_load_hold_out(task).assign(split="test"))
+    entry = Entry(OVERRIDDEN, version, champion, version, champions.name_user(), reason, digest)
+    champions.record(trained.client, trained.name, entry)
+    log.info("%s: version %s is champion, as %s says: %s", trained.name, version, entry.who, reason)
+
+
+def open_registry() -> tuple[registry.MlflowClient, str]:
+    """The store, and the name of the present data set, with which its models' names begin.
+
+    Raises:
+        DataError: if nothing was ingested.
+    """
+    if not LISTING.exists():
+        raise DataError(f"{LISTING} does not exist: `loupe run` makes it, in the project's folder")
+    name = load_data_set().name
+    return connect(name), name
+
+
+def check_reason(reason: str) -> None:
+    """Refuse an empty one: it is what the audit will say."""
+    if not reason.strip():
+        raise ConfigError("--reason must say why, in a few words: it is kept in the audit")
+
+
+def check_task(task: str) -> None:
+    """Refuse one that does not exist."""
+    if task not in TASK_NAMES:
+        raise ConfigError(f"the task must be {' or '.join(TASK_NAMES)}, got {task!r}")
+
+
+def _find_trained(task: str) -> _Trained:
+    client, data_set = open_registry()
+    if not (MODELS / task / RUN).exists():
+        raise DataError(f"no {task} was trained here: `loupe run` trains what the data allows")
     run_id = find_run(client, MODELS / task / RUN)
     model_uri = json.loads((MODELS / task / RUN).read_text())["model_uri"]
-    version = registry.register_version(client, name, run_id, model_uri)
-    champion = registry.find_champion(client, name)
-    hold_out = _load_hold_out(task, Path(data_set.source))
-    flaw = _find_flaw(task)
-    question = _compute_question(rules, hold_out, str(champion.version) if champion else None, flaw)
-    is_champion = champion is not None and champion.version == version.version
-    if not is_champion and version.tags.get(registry.QUESTION_TAG) != question:
-        figure = json.loads((REPORTS / "metrics" / f"{task}.json").read_text())[f"{task}/test/{METRICS[task]}"]
-        to_beat = None
-        if champion is not None and flaw is None:
-            to_beat = _compute_metric(task, registry.predict_with(champion, list(hold_out["file"])), hold_out)
-        decision = decide_promotion(METRICS[task], figure, to_beat, rules.floor, rules.margin, flaw)
-        version = registry.record_decision(client, version, decision.promoted, decision.reason, question)
-        champion = registry.find_champion(client, name)
-    return Outcome(
-        model=name,
-        version=str(version.version),
-        run_id=run_id,
-        champion_version=str(champion.version) if champion else None,
-        reason=version.tags[registry.REASON_TAG],
-    )
+    return _Trained(task, client, f"{data_set}-{task}", run_id, model_uri)
+
+
+def _register(trained: _Trained) -> registry.ModelVersion:
+    """The version of what was trained, after what another process may have left undone."""
+    version = registry.register_version(trained.client, trained.name, trained.run_id, trained.model_uri)
+    champions.settle(trained.client, trained.name)
+    return version
+
+
+def _find_champion(trained: _Trained) -> str | None:
+    champion = registry.find_champion(trained.client, trained.name)
+    return str(champion.version) if champion else None
+
+
+def _promote_task(trained: _Trained, params: Params) -> Outcome:
+    version = str(_register(trained).version)
+    champion = _find_champion(trained)
+    rules: PromoteTask = getattr(params.promote, trained.task)
+    hold_out, flaw = _load_hold_out(trained.task), _find_flaw(trained.task)
+    question = _compute_question(rules, hold_out, champion, flaw)
+    known = find_latest(load_audit(trained.client, trained.name), version)
+    decision: str
+    if known is not None and (champion == version or known.question == question or known.action == ROLLED_BACK):
+        decision, reason, figures = known.action, known.why, known.figures
+        if champion != version and known.action == ROLLED_BACK:
+            decision = KEPT
+            reason = f"{known.who} rolled it back ({known.why}), and only `loupe promote --override` undoes that"
+    else:
+        found = _decide(trained, champion, hold_out, rules, params.seed, flaw)
+        decision, reason, figures = found.choice, found.reason, found.figures
+        digest = compute_data_digest(hold_out.assign(split="test"))
+        after = version if decision == "promoted" else champion
+        entry = Entry(decision, version, champion, after, champions.name_user(), reason, digest, question, figures)
+        try:
+            champions.record(trained.client, trained.name, entry)
+        except champions.OvertakenError as error:
+            decision, reason = UNDECIDED, str(error)
+    return Outcome(trained.name, version, trained.run_id, _find_champion(trained), decision, reason, figures)
+
+
+def _try(trained: _Trained, params: Params) -> Outcome:
+    """What would become of a model, without a trace of the question."""
+    champion, hold_out, flaw = _find_champion(trained), _load_hold_out(trained.task), _find_flaw(trained.task)
+    rules: PromoteTask = getattr(params.promote, trained.task)
+    found = _decide(trained, champion, hold_out, rules, params.seed, flaw)
+    return Outcome(trained.name, None, trained.run_id, champion, found.choice, found.reason, found.figures)
+
+
+def _decide(
+    trained: _Trained, champion: str | None, hold_out: pd.DataFrame, rules: PromoteTask, seed: int, flaw: str | None
+) -> Decision:
+    """Load the challenger and the champion, if there is one, and test both on the same images."""
+    uris = [trained.model_uri, *([f"models:/{trained.name}/{champion}"] if champion else [])]
+    models = [registry.load_model(uri) for uri in uris]
+    files = list(hold_out["file"])
+    latencies = registry.measure_latencies(models, files)
+    measured = [
+        Measured(_answer(trained.task, model, hold_out), latency, model.num_bytes)
+        for model, latency in zip(models, latencies, strict=True)
+    ]
+    normal_label = load_tasks(TASKS).normal_label if trained.task == "detector" else None
+    judged = HoldOut(hold_out["label"].to_numpy(str), normal_label)
+    return decide_promotion(judged, measured[0], measured[1] if champion else None, rules, seed, flaw)
+
+
+def _answer(task: str, model: LoadedModel, hold_out: pd.DataFrame) -> np.ndarray:
+    """Scores of a detector; of a classifier, where it is right. Labels that it never learnt are its errors.
+
+    Raises:
+        DataError: if a test image has become unreadable since it was prepared.
+    """
+    predictions = model.predict(list(hold_out["file"]))
+    problems = predictions["problem"].dropna()
+    if len(problems):
+        file, problem = hold_out["file"][problems.index[0]], problems.iloc[0]
+        raise DataError(f"{file} is a test image and can no longer be read ({problem}): run the stages again")
+    if task == "classifier":
+        return (predictions["predicted"] == hold_out["label"]).to_numpy(np.float64)
+    return predictions["anomaly_score"].to_numpy(np.float64)
 
 
 def _find_flaw(task: str) -> str | None:
-    """What the stage that exported the model found wrong, in words; None where it agrees, or none exports it."""
-    if task not in EXPORTED:
-        return None
+    """What the stage that exported the model found wrong, in words; None where it agrees."""
     values = json.loads((REPORTS / "metrics" / f"{task}_export.json").read_text())
     agreement = Agreement(**{field.name: values[f"{task}/export/{field.name}"] for field in fields(Agreement)})
     if agreement.agrees:
@@ -98,8 +240,9 @@ def _find_flaw(task: str) -> str | None:
     return f"the exported model disagrees with the trained one: {agreement.describe()}"
 
 
-def _load_hold_out(task: str, root: Path) -> pd.DataFrame:
+def _load_hold_out(task: str) -> pd.DataFrame:
     """image_id, label and file of the test images, the same for challenger and champion."""
+    root = Path(load_data_set().source)
     index = load_table(PREPARED / task / "index.parquet")
     rows = index[index["split"].eq("test")].reset_index(drop=True)
     return rows[["image_id", "label"]].assign(file=[root / path for path in rows["path"]])
@@ -107,14 +250,6 @@ def _load_hold_out(task: str, root: Path) -> pd.DataFrame:
 
 def _compute_question(rules: PromoteTask, hold_out: pd.DataFrame, champion: str | None, flaw: str | None) -> str:
     """A digest of all that a decision rests on beside the challenger, so that the same is not decided twice."""
-    parts = [str(champion), f"{rules.floor:g}", f"{rules.margin:g}", *hold_out["image_id"], *hold_out["label"]]
+    parts = [str(champion), rules.model_dump_json(), *hold_out["image_id"], *hold_out["label"]]
     parts += [flaw] if flaw else []
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _compute_metric(task: str, predictions: pd.DataFrame, hold_out: pd.DataFrame) -> float:
-    """The main metric of a model on the hold-out; labels that it never learnt are its errors."""
-    if task == "classifier":
-        return float((predictions["predicted"] == hold_out["label"]).mean())
-    is_anomalous = hold_out["label"].ne(str(load_tasks(TASKS).normal_label))
-    return compute_image_auroc(is_anomalous.to_numpy(), predictions["anomaly_score"].to_numpy())

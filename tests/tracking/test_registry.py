@@ -53,7 +53,7 @@ def register(client, folder, examples, name):
 @pytest.mark.parametrize("save", [save_small_classifier, save_small_detector])
 def test_a_champion_loads_by_its_alias_and_takes_any_number_of_images(client, image_files, tmp_path, save):
     version = register(client, save(tmp_path / "model"), image_files, "images-model")
-    registry.record_decision(client, version, promoted=True, reason="it is the first", question="q")
+    client.set_registered_model_alias(version.name, registry.CHAMPION, version.version)
     model = mlflow.pyfunc.load_model("models:/images-model@champion")
     content = image_files[0].read_bytes()
     answers = [model.predict(pd.DataFrame({"image": [content] * number})) for number in (1, 3, 17)]
@@ -84,13 +84,29 @@ def test_a_new_version_is_challenger_and_the_same_run_is_not_registered_twice(cl
     assert registry.find_champion(client, "images-detector") is None
 
 
-def test_the_reason_of_a_decision_is_kept_and_only_promotion_moves_the_alias(client, image_files, tmp_path):
+def test_a_newer_version_takes_the_challengers_place(client, image_files, tmp_path):
+    folder = save_small_detector(tmp_path / "model")
+    first = register(client, folder, image_files, "images-detector")
+    second = register(client, folder, image_files, "images-detector")
+    assert (str(first.version), str(second.version)) == ("1", "2")
+    assert client.get_model_version_by_alias("images-detector", "challenger").version == second.version
+
+
+def test_a_version_that_does_not_exist_is_none(client, image_files, tmp_path):
     version = register(client, save_small_detector(tmp_path / "model"), image_files, "images-detector")
-    kept_out = registry.record_decision(client, version, promoted=False, reason="too weak", question="q")
-    assert kept_out.tags["promotion_reason"] == "too weak"
-    assert registry.find_champion(client, "images-detector") is None
-    registry.record_decision(client, version, promoted=True, reason="strong", question="q")
-    assert registry.find_champion(client, "images-detector").version == version.version
+    assert registry.find_version(client, "images-detector", version.version).run_id == version.run_id
+    assert registry.find_version(client, "images-detector", "7") is None
+
+
+def test_size_is_that_of_the_folder_that_training_wrote_and_latency_is_of_each_model(client, image_files, tmp_path):
+    folder = save_small_classifier(tmp_path / "model")
+    version = register(client, folder, image_files, "images-classifier")
+    loaded = [registry.load_model(uri) for uri in (version.source, "models:/images-classifier/1")]
+    num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert [model.num_bytes for model in loaded] == [num_bytes] * 2
+    latencies = registry.measure_latencies(loaded, image_files)
+    assert len(latencies) == 2
+    assert all(latency > 0 for latency in latencies)
 
 
 def test_logged_model_answers_as_the_model_in_memory(client, image_files, tmp_path):

@@ -1,22 +1,34 @@
-"""Logged models, their versions in the registry, and the aliases `challenger` and `champion`."""
+"""Logged models, their versions in the registry, and which of them is challenger and champion."""
 
 import importlib.metadata
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
 import pandas as pd
+from filelock import FileLock, Timeout
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.pyfunc import PyFuncModel
+from sqlalchemy.engine import make_url
 
 import loupe
+from loupe.errors import TrackingError
 from loupe.models.files import load_config
+from loupe.tracking.audit import create_model
 from loupe.tracking.pyfunc import build_signature
+from loupe.tracking.runs import find_root
 
-CHAMPION, CHALLENGER = "champion", "challenger"
-DECISION_TAG, REASON_TAG, QUESTION_TAG = "promotion", "promotion_reason", "promotion_question"
+CHAMPION, CHALLENGER, PREVIOUS_CHAMPION = "champion", "challenger", "previous-champion"
+LACKING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # what MLflow says of an alias that nobody has
+LOCK_SECONDS = 120
 CHUNK = 512
+NUM_TIMED, NUM_TIMES = 16, 5  # images in a batch, and how often each model has it
 REQUIREMENTS = (
     "mlflow",
     "numpy",
@@ -59,19 +71,35 @@ def log_model(folder: Path, examples: Sequence[Path]) -> str:
     return str(info.model_uri)
 
 
+@contextmanager
+def lock_registry() -> Iterator[None]:
+    """Keep other processes from registering and moving: those with the same SQLite file, else those of this project.
+
+    Raises:
+        TrackingError: if another process does not let go of it.
+    """
+    store = mlflow.get_registry_uri()
+    file = make_url(store).database if store.startswith("sqlite:") else None
+    path = Path(f"{file}.lock") if file else find_root() / ".mlflow.lock"
+    try:
+        with FileLock(path, timeout=LOCK_SECONDS):
+            yield
+    except Timeout as error:
+        raise TrackingError(f"another process has held {path} for {LOCK_SECONDS} s: end it, and try again") from error
+
+
 def register_version(client: MlflowClient, name: str, run_id: str, model_uri: str) -> ModelVersion:
     """Register a run's logged model as the challenger; one that is registered already is found again."""
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    for known in client.search_model_versions(f"name='{name}'"):
-        if known.run_id == run_id:
-            return client.get_model_version(name, known.version)
-    version = client.create_model_version(name, model_uri, run_id, model_id=model_uri.removeprefix("models:/"))
-    client.set_registered_model_alias(name, CHALLENGER, version.version)
-    return version
+    with lock_registry():
+        create_model(client, name, client.get_run(run_id).info.experiment_id)
+        numbers = [known.version for known in client.search_model_versions(f"name='{name}'") if known.run_id == run_id]
+        if numbers:
+            number = numbers[0]
+        else:
+            model_id = model_uri.removeprefix("models:/")
+            number = client.create_model_version(name, model_uri, run_id, model_id=model_id).version
+        client.set_registered_model_alias(name, CHALLENGER, number)
+        return client.get_model_version(name, number)
 
 
 def find_champion(client: MlflowClient, name: str) -> ModelVersion | None:
@@ -79,35 +107,59 @@ def find_champion(client: MlflowClient, name: str) -> ModelVersion | None:
     try:
         return client.get_model_version_by_alias(name, CHAMPION)
     except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        if error.error_code in LACKING:
             return None
         raise
 
 
-def record_decision(
-    client: MlflowClient, version: ModelVersion, promoted: bool, reason: str, question: str
-) -> ModelVersion:
-    """Keep the decision on the version, move the alias if it was promoted, and return the version as it is now.
+def find_version(client: MlflowClient, name: str, version: str) -> ModelVersion | None:
+    """None where it does not exist, or no longer does."""
+    try:
+        return client.get_model_version(name, version)
+    except MlflowException as error:
+        if error.error_code in LACKING:
+            return None
+        raise
 
-    Args:
-        question: a digest of what the decision rests on.
-    """
-    for tag, value in (
-        (DECISION_TAG, "promoted" if promoted else "kept out"),
-        (REASON_TAG, reason),
-        (QUESTION_TAG, question),
-    ):
-        client.set_model_version_tag(version.name, version.version, tag, value)
-    if promoted:
-        client.set_registered_model_alias(version.name, CHAMPION, version.version)
-    return client.get_model_version(version.name, version.version)
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A logged model as MLflow loads it; `num_bytes` are those of the folder that its training wrote."""
+
+    pyfunc: PyFuncModel
+    num_bytes: int
+
+    def predict(self, images: Sequence[Path]) -> pd.DataFrame:
+        """One row an image file, as `ImageModel` gives them; some hundreds are in memory at a time."""
+        parts: list[pd.DataFrame] = []
+        for start in range(0, len(images), CHUNK):
+            contents = [path.read_bytes() for path in images[start : start + CHUNK]]
+            parts.append(pd.DataFrame(self.pyfunc.predict(pd.DataFrame({"image": contents}))))
+        return pd.concat(parts, ignore_index=True)
+
+
+def load_model(model_uri: str) -> LoadedModel:
+    """Load a logged model, `models:/<id>`, or a registered one, `models:/<name>/<version>`."""
+    folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=model_uri))
+    num_bytes = sum(path.stat().st_size for path in (folder / "artifacts").rglob("*") if path.is_file())
+    return LoadedModel(mlflow.pyfunc.load_model(str(folder)), num_bytes)
 
 
 def predict_with(version: ModelVersion, images: Sequence[Path]) -> pd.DataFrame:
-    """Run a version, as MLflow loads it, over image files; some hundreds are in memory at a time."""
-    model = mlflow.pyfunc.load_model(f"models:/{version.name}/{version.version}")
-    parts: list[pd.DataFrame] = []
-    for start in range(0, len(images), CHUNK):
-        contents = [path.read_bytes() for path in images[start : start + CHUNK]]
-        parts.append(model.predict(pd.DataFrame({"image": contents})))
-    return pd.concat(parts, ignore_index=True)
+    """Run a version, as MLflow loads it, over image files."""
+    return load_model(f"models:/{version.name}/{version.version}").predict(images)
+
+
+def measure_latencies(models: Sequence[LoadedModel], images: Sequence[Path]) -> list[float]:
+    """Milliseconds an image of each model, decoding and all: medians over batches of the same images.
+
+    The models take turns, so that what else the machine does slows them alike; a first batch of each does not count.
+    """
+    images = images[:NUM_TIMED]
+    seconds: list[list[float]] = [[] for _ in models]
+    for _ in range(NUM_TIMES + 1):
+        for model, taken in zip(models, seconds, strict=True):
+            start = time.perf_counter()
+            model.predict(images)
+            taken.append(time.perf_counter() - start)
+    return [1000 * statistics.median(taken[1:]) / len(images) for taken in seconds]
