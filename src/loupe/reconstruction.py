@@ -153,7 +153,7 @@ def draw_reconstructions(
     """A column an image, and under it its error on a scale that all share."""
     figure = Figure(figsize=(1.6 * len(titles) + 0.6, 1.7 * (len(rows) + 1) + 0.4), layout="constrained", dpi=110)
     axes = figure.subplots(len(rows) + 1, len(titles), squeeze=False)
-    top = float(maps.max()) or 1.0
+    top = float(np.quantile(maps, 0.995)) or 1.0
     for column, title in enumerate(titles):
         for row, images in enumerate(rows.values()):
             axes[row, column].imshow(images[column].squeeze(), cmap="gray", vmin=0, vmax=1)
@@ -164,7 +164,7 @@ def draw_reconstructions(
     for one in axes.flat:
         one.set_xticks([])
         one.set_yticks([])
-    figure.supxlabel(f"above: name and anomaly score; error: 0 is black, {top:.3g} the brightest", fontsize=9)
+    figure.supxlabel(f"above: name and anomaly score; error: 0 is black, {top:.2g} and more is yellow", fontsize=9)
     return figure
 
 
