@@ -246,6 +246,28 @@ class Promote(Section):
     detector: PromoteTask
 
 
+class Drift(Section):
+    """How often a drift check may cry wolf, by both its tests together, and how many images a side it compares."""
+
+    false_alarm_rate: OpenFraction
+    num_permutations: PositiveInt
+    min_images: Annotated[int, Field(ge=10)]
+    max_images: PositiveInt
+    num_pictures: PositiveInt
+
+    @model_validator(mode="after")
+    def _something_can_be_found(self) -> Self:
+        if self.min_images > self.max_images:
+            raise ValueError(f"min_images must be at most max_images, got {self.min_images} and {self.max_images}")
+        least = 2 / (1 + self.num_permutations)
+        if self.false_alarm_rate < least:
+            raise ValueError(
+                f"{self.num_permutations} permutations find nothing at a false_alarm_rate below {least:g}, got "
+                f"{self.false_alarm_rate:g}: raise num_permutations"
+            )
+        return self
+
+
 class Pipeline(Section):
     """How stages are run."""
 
@@ -267,6 +289,7 @@ class Params(Section):
     train_detector: TrainDetector
     evaluate_detector: EvaluateDetector
     promote: Promote
+    drift: Drift
     pipeline: Pipeline
 
 
