@@ -114,9 +114,7 @@ def save_feature_detector(folder):
 
 def test_a_detector_of_features_has_latents_and_no_reconstructions(project):
     save_feature_detector(project)
-    with pytest.raises(
-        ConfigError, match="knn_patches, looks at features and rebuilds no pixels: train an autoencoder"
-    ):
+    with pytest.raises(ConfigError, match="knn_patches, rebuilds no whole images: train an autoencoder of pixels"):
         call()
     assert call("--latents", "latents.parquet") == ["written:", "latents.parquet"]
     assert len(pd.read_parquet(project / "latents.parquet")) == 16

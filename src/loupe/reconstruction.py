@@ -49,7 +49,7 @@ def show_reconstructions(source: Path | None, out: Path, latents: Path | None) -
 
     Args:
         source: an image or a folder of images; None takes the prepared test images.
-        out: a PNG file. A detector that rebuilds no pixels writes none.
+        out: a PNG file. A detector that rebuilds no whole images writes none.
         latents: a Parquet file with a column `latent` of lists; None for none.
 
     Raises:
@@ -60,8 +60,8 @@ def show_reconstructions(source: Path | None, out: Path, latents: Path | None) -
     rebuilds = isinstance(detector, Autoencoder)
     if not rebuilds and latents is None:
         raise ConfigError(
-            f"the trained detector, {detector.name}, looks at features and rebuilds no pixels: train an autoencoder "
-            "(train_detector.model in params.yaml), or ask for its --latents alone"
+            f"the trained detector, {detector.name}, rebuilds no whole images: train an autoencoder of pixels without "
+            "tiles (train_detector in params.yaml), or ask for its --latents"
         )
     images = _open_prepared(config) if source is None else _open_files(source, Geometry(**config["geometry"]))
     written = []
