@@ -13,11 +13,19 @@ from loupe.stages.files import PROMOTION, REPORTS, SUMMARY, TASKS, load_data_set
 
 FIGURES = {
     "classifier": ("accuracy", "last_epoch_accuracy", "balanced_accuracy", "macro_f1", "log_loss"),
-    "detector": ("image_auroc", "image_average_precision", "pixel_auroc", "f1", "false_alarm_rate", "miss_rate"),
+    "detector": (
+        "image_auroc",
+        "image_average_precision",
+        "pixel_auroc",
+        "aupro",
+        "f1",
+        "false_alarm_rate",
+        "miss_rate",
+    ),
 }
 WHERE_TO_LOOK = (
-    "data: reports/data.html · classifier: reports/classifier.html · figures: reports/summary.json · "
-    "runs, models, flows: make ui"
+    "data: reports/data.html · classifier: reports/classifier.html · detector: reports/detector.html · "
+    "figures: reports/summary.json · runs, models, flows: make ui"
 )
 
 

@@ -47,7 +47,7 @@ def list_images(root: Path, layout: str = "auto") -> Listing:
     Raises:
         DataError: if the folder is missing, unreadable, empty, or of no known layout.
     """
-    files, links = _list_files(root)
+    files, links = list_files(root)
     images = [path for path in files if path.lower().endswith(SUFFIXES)]
     if not images:
         raise DataError(f"{root} holds no images: expected files that end in {', '.join(SUFFIXES)}")
@@ -69,8 +69,12 @@ def name_source(root: Path) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "_", folder.name).strip("_") or "images"
 
 
-def _list_files(root: Path) -> tuple[list[str], list[str]]:
-    """Sorted posix paths of files, and of links to folders, relative to `root`; hidden ones are left out."""
+def list_files(root: Path) -> tuple[list[str], list[str]]:
+    """Sorted posix paths of files, and of links to folders, relative to `root`; hidden ones are left out.
+
+    Raises:
+        DataError: if the folder is missing, or not a folder that can be read.
+    """
     try:
         is_folder = stat.S_ISDIR(root.stat().st_mode)
     except FileNotFoundError as error:

@@ -27,7 +27,7 @@ REPORTS = Path("reports")
 PROMOTION = REPORTS / "promotion.json"
 SUMMARY = REPORTS / "summary.json"
 SKIPPED, RUN, HISTORY = "skipped.json", "run.json", "history.csv"
-CALIBRATION = "calibration_scores.parquet"
+CALIBRATION, REFERENCE = "calibration_scores.parquet", "reference.parquet"
 POLICY, CONTACT_SHEET = "policy.json", "contact_sheet.png"
 
 

@@ -33,6 +33,7 @@ from loupe.models.detectors.base import (
     TrainedDetector,
     check_num_images,
     compute_scores,
+    detect,
     fit_detector,
     save_detector,
 )
@@ -40,7 +41,7 @@ from loupe.models.detectors.family import FAMILY, build_detector
 from loupe.models.detectors.features import FeatureConfig
 from loupe.models.weights import describe_source
 from loupe.stages.entry import run_stage, save_json
-from loupe.stages.files import CALIBRATION, MODELS, PREPARED, SKIPPED, TASKS
+from loupe.stages.files import CALIBRATION, MODELS, PREPARED, REFERENCE, SKIPPED, TASKS
 from loupe.stages.recording import finish_recording, load_policy, open_memory, record_training
 from loupe.tracking.runs import log_epoch
 from loupe.training.detector import Reconstruction
@@ -50,6 +51,7 @@ from loupe.training.trainer import Schedule, choose_batch_size, choose_epochs, c
 BUDGET_PIXELS = 100e6  # under a minute on two CPU cores
 LEAST_EPOCHS, MOST_EPOCHS = 30, 60
 FITTED_AT_ONCE = 16  # images
+MOST_MAPS, MOST_REFERENCES = 64, 1000  # images
 FOLDER = MODELS / "detector"
 
 log = logging.getLogger(__name__)
@@ -91,6 +93,7 @@ def train_detector(params: Params) -> None:
             **_calibrate(detector, prepared, rate),
         }
         save_detector(detector, extra, FOLDER)
+        _save_reference(detector, prepared)
         finish_recording("detector", run_id, fitted.history)
 
 
@@ -189,7 +192,7 @@ def _score(detector: Detector, prepared: Prepared, rows: np.ndarray) -> np.ndarr
     return compute_scores(detector.eval(), map(torch.from_numpy, batches)).numpy().astype(np.float64)
 
 
-def _calibrate(detector: Detector, prepared: Prepared, rate: float) -> dict[str, float]:
+def _calibrate(detector: Detector, prepared: Prepared, rate: float) -> dict[str, Any]:
     """Threshold and rate; the scores that they came from are kept, so that another rate needs no training."""
     rows = prepared.rows_of("calibration")
     scores = _score(detector, prepared, rows)
@@ -199,7 +202,30 @@ def _calibrate(detector: Detector, prepared: Prepared, rate: float) -> dict[str,
     )
     threshold = explain_threshold(scores, rate)
     log.info("threshold %.6g: %s", threshold.value, threshold.describe())
-    return {"threshold": threshold.value, "false_alarm_rate": threshold.asked_rate}
+    return {
+        "threshold": threshold.value,
+        "false_alarm_rate": threshold.asked_rate,
+        "map_scale": _choose_map_scale(detector, prepared, rows),
+    }
+
+
+def _choose_map_scale(detector: Detector, prepared: Prepared, rows: np.ndarray) -> dict[str, float]:
+    """For pictures of maps alone: from the middle of normal images' values to twice as far as their highest."""
+    images = next(prepared.read_batches(rows, MOST_MAPS))
+    _, maps = detect(detector, torch.from_numpy(images))
+    low, top = float(maps.median()), float(maps.max())
+    return {"low": low, "high": low + 2 * (top - low) if top > low else low + 1}
+
+
+def _save_reference(detector: Detector, prepared: Prepared) -> None:
+    """What normal images that it was not fitted to look like to it, for a later look at how others have drifted."""
+    rows = np.concatenate([prepared.rows_of("calibration"), prepared.rows_of("val")])[:MOST_REFERENCES]
+    with torch.inference_mode():
+        batches = prepared.read_batches(rows, FITTED_AT_ONCE)
+        parts = [detector.embed(torch.from_numpy(batch).to(detector.device)).cpu().numpy() for batch in batches]
+    table = prepared.index.iloc[rows][["image_id", "path"]].reset_index(drop=True)
+    embeddings = list(np.concatenate(parts))
+    save_table(table.assign(embedding=embeddings, anomaly_score=_score(detector, prepared, rows)), FOLDER / REFERENCE)
 
 
 def choose_rate(section: Section, num_calibration: int) -> float:

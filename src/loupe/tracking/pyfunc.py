@@ -1,26 +1,51 @@
 """Our models as MLflow serves them: image files in, one row an image out."""
 
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import UInt8
 from mlflow.models import ModelSignature
 from mlflow.pyfunc import PythonModel, PythonModelContext
-from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from torch import Tensor
 
 from loupe.data.images import Geometry, fit_image, open_image
-from loupe.models.classifiers import load_classifier, predict_probabilities
-from loupe.models.detectors.base import detect
+from loupe.errors import DataError
+from loupe.evaluation.thresholds import check_false_alarm_rate, compute_threshold
+from loupe.models.classifiers import load_classifier
 from loupe.models.detectors.family import load_detector
 from loupe.models.files import load_config
 
-BATCH_SIZE = 64
+BATCH_SIZE = 32
+CALIBRATION = "calibration_scores.parquet"  # beside a detector's weights: raw scores of normal images
 
 
-class _Predictor(Protocol):
-    def __call__(self, images: torch.Tensor) -> pd.DataFrame: ...
+@dataclass(frozen=True)
+class Options:
+    """What is asked beside the plain answer.
+
+    `threshold` is a raw anomaly score, and `false_alarm_rate` in (0, 1) sets one by the calibration images; with
+    neither it is the detector's own. `embeddings` and `maps` add the columns of that name in the singular.
+    """
+
+    threshold: float | None = None
+    false_alarm_rate: float | None = None
+    embeddings: bool = False
+    maps: bool = False
+
+
+class Predictor(Protocol):
+    """What a model says of a batch of prepared images: columns, a value an image."""
+
+    def __call__(
+        self, images: UInt8[Tensor, "batch channels height width"], options: Options
+    ) -> Mapping[str, Sequence[Any]]: ...
 
 
 class ImageModel(PythonModel):
@@ -28,64 +53,128 @@ class ImageModel(PythonModel):
 
     Input: a column `image` with the bytes of image files, of any size and any number.
     Output of a classifier: `predicted` and `probability_<label>`; of a detector: `anomaly_score`, `is_anomalous` and
-    `threshold`.
+    `threshold`. `problem` says why a file can't be read as an image; it is null where it can, and the rest where not.
+    Params are those of `Options`: an `embedding` is a list of numbers, an `anomaly_map` one of rows.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load weights and config, onto the GPU where there is one."""
-        folder = Path(context.artifacts["model"])
+        self.load(Path(context.artifacts["model"]))
+
+    def load(self, folder: Path) -> None:
+        """The same from the folder itself."""
         config = load_config(folder)
         self.geometry = Geometry(**config["geometry"])
-        self.predict_batch = _load_predictor(folder, config)
+        self.predict_batch = (_load_classifier if "classifier" in config else _load_detector)(folder, config)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
         """One row an image, in the order of the input."""
-        contents = list(model_input["image"])
+        answers = self.answer(list(model_input["image"]), Options(**params or {}))
+        for column in {"embedding", "anomaly_map"} & set(answers):
+            answers[column] = [None if values is None else values.tolist() for values in answers[column]]
+        return answers
+
+    def answer(self, contents: Sequence[bytes], options: Options) -> pd.DataFrame:
+        """The same, with embeddings and maps as arrays of float32."""
         parts = [
-            self._predict_contents(contents[start : start + BATCH_SIZE])
+            self._answer_batch(contents[start : start + BATCH_SIZE], options)
             for start in range(0, len(contents), BATCH_SIZE)
         ]
         return pd.concat(parts, ignore_index=True)
 
-    def _predict_contents(self, contents: list[bytes]) -> pd.DataFrame:
-        images = np.stack([fit_image(open_image(content), self.geometry) for content in contents])
-        return self.predict_batch(torch.from_numpy(images).permute(0, 3, 1, 2))
+    def _answer_batch(self, contents: Sequence[bytes], options: Options) -> pd.DataFrame:
+        with ThreadPoolExecutor() as pool:  # decoding lets other threads run
+            results = list(pool.map(self._read, contents))
+        images = [result for result in results if isinstance(result, np.ndarray)]
+        problems = [result if isinstance(result, str) else None for result in results]
+        shape = (0, self.geometry.height, self.geometry.width, self.geometry.channels)
+        batch = torch.from_numpy(np.stack(images) if images else np.zeros(shape, np.uint8)).permute(0, 3, 1, 2)
+        readable = [row for row, problem in enumerate(problems) if problem is None]
+        answers = {name: pd.Series(values, readable) for name, values in self.predict_batch(batch, options).items()}
+        return pd.DataFrame({**answers, "problem": pd.Series(problems, dtype="str")}, index=range(len(contents)))
+
+    def _read(self, content: bytes) -> np.ndarray | str:
+        """The prepared image, or why there is none."""
+        try:
+            return fit_image(open_image(content), self.geometry)
+        except DataError as error:
+            return str(error)
 
 
-def _load_predictor(folder: Path, config: dict[str, Any]) -> _Predictor:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if "classifier" in config:
-        classifier = load_classifier(folder).to(device)
-        labels = np.array(classifier.config.labels)
+def _load_classifier(folder: Path, config: dict[str, Any]) -> Predictor:
+    classifier = load_classifier(folder).to(_choose_device())
+    labels = np.array(classifier.config.labels)
 
-        def classify(images: torch.Tensor) -> pd.DataFrame:
-            probabilities = predict_probabilities(classifier, images).numpy()
-            columns = {f"probability_{label}": probabilities[:, i] for i, label in enumerate(labels)}
-            return pd.DataFrame({"predicted": labels[probabilities.argmax(axis=1)], **columns})
+    @torch.inference_mode()
+    def classify(images: Tensor, options: Options) -> dict[str, Sequence[Any]]:
+        features = classifier.compute_features(images.to(_choose_device()))
+        probabilities = classifier.head(features).float().softmax(dim=1).cpu().numpy()
+        answers = {"predicted": labels[probabilities.argmax(axis=1)]}
+        answers |= {f"probability_{label}": probabilities[:, i] for i, label in enumerate(labels)}
+        return answers | ({"embedding": list(features.float().cpu().numpy())} if options.embeddings else {})
 
-        return classify
-    detector = load_detector(folder).to(device)
-    threshold = float(config["threshold"])
+    return classify
 
-    def find_anomalies(images: torch.Tensor) -> pd.DataFrame:
-        scores = detect(detector, images)[0].numpy().astype(np.float64)
-        return pd.DataFrame({"anomaly_score": scores, "is_anomalous": scores > threshold, "threshold": threshold})
+
+def _load_detector(folder: Path, config: dict[str, Any]) -> Predictor:
+    detector = load_detector(folder).to(_choose_device())
+
+    @torch.inference_mode()
+    def find_anomalies(images: Tensor, options: Options) -> dict[str, Sequence[Any]]:
+        images = images.to(_choose_device())
+        raw, maps = detector(images)
+        scores = raw.cpu().numpy().astype(np.float64)
+        threshold = choose_threshold(folder, config, options)
+        answers: dict[str, Any] = {
+            "anomaly_score": scores,
+            "is_anomalous": pd.array(scores > threshold, "boolean"),
+            "threshold": np.full(len(scores), threshold),
+        }
+        answers |= {"embedding": list(detector.embed(images).float().cpu().numpy())} if options.embeddings else {}
+        return answers | ({"anomaly_map": list(maps.float().cpu().numpy())} if options.maps else {})
 
     return find_anomalies
 
 
+def choose_threshold(folder: Path, config: dict[str, Any], options: Options) -> float:
+    """The detector's own threshold, or the one that is asked for.
+
+    Raises:
+        ConfigError: if the calibration images are too few for the rate that is asked for.
+    """
+    if options.threshold is not None:
+        return options.threshold
+    if options.false_alarm_rate is None:
+        return float(config["threshold"])
+    scores = pd.read_parquet(folder / CALIBRATION)["anomaly_score"].to_numpy()
+    check_false_alarm_rate(options.false_alarm_rate, len(scores))
+    return compute_threshold(scores, options.false_alarm_rate)
+
+
+def _choose_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def build_signature(config: dict[str, Any]) -> ModelSignature:
     """Names and types of what goes in and comes out."""
-    inputs = Schema([ColSpec(DataType.binary, "image")])
+    params = [ParamSpec("embeddings", DataType.boolean, False)]
     if "classifier" in config:
-        outputs: list[ColSpec | TensorSpec] = [ColSpec(DataType.string, "predicted")]
-        outputs += [ColSpec(DataType.float, f"probability_{label}") for label in config["classifier"]["labels"]]
+        outputs = [ColSpec(DataType.string, "predicted", required=False)]
+        labels = config["classifier"]["labels"]
+        outputs += [ColSpec(DataType.float, f"probability_{label}", required=False) for label in labels]
     else:
         outputs = [
-            ColSpec(DataType.double, "anomaly_score"),
-            ColSpec(DataType.boolean, "is_anomalous"),
-            ColSpec(DataType.double, "threshold"),
+            ColSpec(DataType.double, "anomaly_score", required=False),
+            ColSpec(DataType.boolean, "is_anomalous", required=False),
+            ColSpec(DataType.double, "threshold", required=False),
         ]
-    return ModelSignature(inputs=inputs, outputs=Schema(outputs))
+        params += [
+            ParamSpec("maps", DataType.boolean, False),
+            ParamSpec("threshold", DataType.double, None),
+            ParamSpec("false_alarm_rate", DataType.double, None),
+        ]
+    outputs.append(ColSpec(DataType.string, "problem", required=False))
+    inputs = Schema([ColSpec(DataType.binary, "image")])
+    return ModelSignature(inputs=inputs, outputs=Schema([*outputs]), params=ParamSchema(params))
