@@ -13,6 +13,7 @@ from rich.table import Table
 
 from loupe.config import Params, TrainClassifier
 from loupe.errors import TrackingError
+from loupe.evaluation.pictures import find_best_epoch
 from loupe.experiments import Experiment, Result, run_experiments
 from loupe.reporting.charts import Measured, build_interval_chart
 from loupe.reporting.page import render_page, save_page
@@ -131,7 +132,7 @@ def _name_runs(results: Mapping[str, Result]) -> str:
 
 
 def _build_step(recipe: str, result: Result, training_seconds: float) -> Step:
-    best = result.history.iloc[int(result.history["val/loss"].to_numpy().argmin())]
+    best = result.history.iloc[find_best_epoch(result.history)]
     return Step(
         recipe=recipe,
         best_epoch=int(best["epoch"]),

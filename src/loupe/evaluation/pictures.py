@@ -140,6 +140,12 @@ def draw_heat_maps(shown: Sequence[HeatMap], scale: DisplayScale) -> Figure:
     return figure
 
 
+def find_best_epoch(history: pd.DataFrame) -> int:
+    """The row that training kept: a classifier is judged at its best temperature, others by the plain loss."""
+    column = "val/calibrated_loss" if "val/calibrated_loss" in history else "val/loss"
+    return int(history[column].to_numpy().argmin())
+
+
 def draw_history(history: pd.DataFrame) -> Figure:
     """Train and val loss by epoch, the best epoch marked; val accuracy beside them where there is one."""
     has_accuracy = "val/accuracy" in history
@@ -148,7 +154,7 @@ def draw_history(history: pd.DataFrame) -> Figure:
     for name, color in (("train/loss", GREY), ("val/loss", BLUE)):
         axes[0].plot(history["epoch"], history[name], color=color, label=name)
     axes[0].axvline(
-        history["epoch"].to_numpy()[history["val/loss"].to_numpy().argmin()],
+        history["epoch"].to_numpy()[find_best_epoch(history)],
         color=RED,
         linestyle=":",
         label="best epoch",

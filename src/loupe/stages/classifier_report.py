@@ -13,7 +13,7 @@ from PIL import Image
 from loupe.data.prepare import Prepared
 from loupe.data.sheets import draw_captioned
 from loupe.evaluation.judgement import Judgement
-from loupe.evaluation.pictures import draw_confusion, draw_coverage, draw_history, draw_reliability
+from loupe.evaluation.pictures import draw_confusion, draw_coverage, draw_history, draw_reliability, find_best_epoch
 from loupe.models.classifiers import ClassifierConfig
 from loupe.reporting.charts import Chart, Line, build_chart
 from loupe.reporting.page import embed_picture, render_page
@@ -59,7 +59,7 @@ def describe_training(
             "how it comes to that",
             f"{geometry.fit} to {sides[2]}" + f", the centre of {sides[1]}" * (sides[1] != sides[2]),
         ),
-        ("kept epoch", f"{config['best_epoch']}, which has the least loss on val"),
+        ("kept epoch", f"{config['best_epoch']}, which has the least loss on val at its best temperature"),
         ("last epoch", f"right on {last_epoch_accuracy:.1%} of the test images"),
     ]
     return [fact for fact in facts if fact[1]]
@@ -218,7 +218,7 @@ def _list_confusion(told: Judgement, labels: list[str]) -> list[Row]:
 def _chart_history(history: pd.DataFrame) -> list[Chart]:
     """Loss of train and val; accuracy on val where it was measured."""
     epochs = history["epoch"].to_numpy(np.float64)
-    best = float(epochs[history["val/loss"].to_numpy().argmin()])
+    best = float(epochs[find_best_epoch(history)])
     charts = {
         "loss": [("train", "train/loss", "second"), ("val", "val/loss", "first")],
         "accuracy": [("val", "val/accuracy", "first")],

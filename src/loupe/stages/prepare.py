@@ -1,6 +1,7 @@
 """Decode and resize every image once, into an array for each kind of model."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -62,6 +63,7 @@ def _choose_geometry(params: Params, task: str, rows: pd.DataFrame) -> Geometry:
     fit = None if section.fit == "auto" else section.fit
     if task == "detector":
         canvas = PIXELS if params.train_detector.rebuilds_pixels else FEATURES
+        canvas = replace(canvas, largest=canvas.largest * params.train_detector.tiles)
         return choose_detector_geometry(rows[rows["split"].eq("train")], canvas, input_size, fit)
     native = get_data_config(params.train_classifier.backbone)
     return choose_classifier_geometry(

@@ -15,7 +15,7 @@ from loupe.config import Params
 from loupe.config import TrainDetector as Section
 from loupe.data.loading import PreparedDataset, build_loader
 from loupe.data.manifest import save_table
-from loupe.data.prepare import Prepared, load_prepared
+from loupe.data.prepare import FEATURES, PIXELS, Prepared, load_prepared
 from loupe.data.split import load_tasks
 from loupe.data.transforms import build_augmentation
 from loupe.evaluation.thresholds import (
@@ -39,6 +39,7 @@ from loupe.models.detectors.base import (
 )
 from loupe.models.detectors.family import FAMILY, build_detector
 from loupe.models.detectors.features import FeatureConfig
+from loupe.models.detectors.tiling import TiledDetector, TiledImages, TilingConfig, choose_tiles
 from loupe.models.weights import describe_source
 from loupe.stages.entry import run_stage, save_json
 from loupe.stages.files import CALIBRATION, MODELS, PREPARED, REFERENCE, SKIPPED, TASKS
@@ -79,7 +80,9 @@ def train_detector(params: Params) -> None:
         return
     seed_everything(params.seed, workers=True, verbose=False)
     prepared = load_prepared(PREPARED / "detector")
-    detector = build_detector(section.model, build_config(section, prepared), section.weights)
+    config = build_config(section, prepared)
+    name = TiledDetector.name if isinstance(config, TilingConfig) else section.model
+    detector = build_detector(name, config, section.weights)
     check_num_images(detector, len(prepared.rows_of("train")))
     rate = choose_rate(section, len(prepared.rows_of("calibration")))
     recipe = choose_recipe(section, prepared)
@@ -98,9 +101,24 @@ def train_detector(params: Params) -> None:
 
 
 def build_config(section: Section, prepared: Prepared) -> Any:
-    """The config of a detector, as its `config_type` wants it."""
-    geometry, kind = prepared.geometry, FAMILY[section.model].config_type
+    """The config of a detector, as its `config_type` wants it; of tiles, if there is more than one."""
+    geometry = prepared.geometry
     crop, size = (geometry.crop_height, geometry.crop_width), (geometry.input_height, geometry.input_width)
+    if section.tiles == 1:
+        return _build_inner_config(section, geometry.channels, crop, size)
+    tile, rows, columns = choose_tiles(crop, section.tiles, section.tile_overlap)
+    multiple = (PIXELS if section.rebuilds_pixels else FEATURES).multiple
+    height, width = (
+        max(1, round(length * whole / part / multiple)) * multiple
+        for length, whole, part in zip(tile, size, crop, strict=True)
+    )
+    log.info("%d x %d tiles of %d x %d pixels, seen at %d x %d", rows, columns, *tile, height, width)
+    inner = _build_inner_config(section, geometry.channels, tile, (height, width))
+    return TilingConfig(section.model, inner, rows, columns)
+
+
+def _build_inner_config(section: Section, channels: int, crop: tuple[int, int], size: tuple[int, int]) -> Any:
+    kind = FAMILY[section.model].config_type
     if kind is FeatureConfig:
         native = get_data_config(section.backbone)
         return FeatureConfig(section.backbone, crop, size, tuple(native.mean), tuple(native.std))
@@ -110,7 +128,7 @@ def build_config(section: Section, prepared: Prepared) -> Any:
         "vae": section.vae.model_dump(),
     }
     return kind(
-        channels=geometry.channels,
+        channels=channels,
         width=knobs.width,
         latent_channels=knobs.latent_channels,
         crop=crop,
@@ -146,8 +164,13 @@ def _fit(detector: Detector, recipe: Reconstruction | ClosedForm, prepared: Prep
     dataset = _build_dataset(prepared, "train", seed)
     detector.to("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(recipe, ClosedForm):
-        assert isinstance(detector, FeatureDetector)
-        fit_detector(detector, _Images(dataset), seed, recipe.feature_bytes)
+        inner, images = (
+            (detector.inner, TiledImages(detector, _Images(dataset)))
+            if isinstance(detector, TiledDetector)
+            else (detector, _Images(dataset))
+        )
+        assert isinstance(inner, FeatureDetector)
+        fit_detector(inner, images, seed, recipe.feature_bytes)
         return _measure(detector, prepared)
     assert isinstance(detector, TrainedDetector)
     facts = {"detector": detector.name, "config": asdict(detector.config), "recipe": asdict(recipe), "seed": seed}

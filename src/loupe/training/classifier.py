@@ -14,6 +14,7 @@ from jaxtyping import Float, Int64
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, log_loss
+from sklearn.model_selection import StratifiedKFold
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -39,6 +40,7 @@ from loupe.training.trainer import (
 
 # Inverse strengths of the head's L2 penalty, times the number of images: on photos and on clothes alike val chose 100.
 PENALTIES = (10.0, 100.0, 1_000.0, 10_000.0)
+ENOUGH_VAL_IMAGES, NUM_FOLDS = 200, 5
 MAX_ITERATIONS = 100
 NUM_AUGMENTED = 4  # augmented versions of each image whose features a head learns from
 JUDGED_BY = "val/calibrated_loss"
@@ -261,25 +263,50 @@ def _train_head(
     parts = [compute_features(classifier, dataset, epoch) for epoch, dataset in enumerate(versions)]
     features, targets = (np.concatenate(part) for part in zip(*parts, strict=True))
     val_features, val_targets = compute_features(classifier, val)
-    best, metrics = None, {"val/loss": np.inf}
-    for penalty in PENALTIES:
-        head = _fit_head(features, targets, penalty / len(targets))
-        probabilities = head.predict_proba(val_features)
-        loss = log_loss(val_targets, probabilities, labels=head.classes_)
-        if loss >= metrics["val/loss"]:
-            break  # a weaker one would fit the training images only better still
-        accuracy = accuracy_score(val_targets, head.classes_[probabilities.argmax(axis=1)])
-        best = head
-        metrics = {
-            "train/loss": log_loss(targets, head.predict_proba(features), labels=head.classes_),
-            "val/loss": loss,
-            JUDGED_BY: compute_calibrated_loss(val_targets, probabilities),
-            "val/accuracy": accuracy,
-            "head_penalty": penalty,
-        }
-    assert best is not None  # the first loss is below infinity
-    _set_head(classifier.head, best)
+    known = np.concatenate([parts[0][0], val_features]), np.concatenate([parts[0][1], val_targets])
+    penalty = _choose_penalty(*known, _list_folds(known[1], len(parts[0][1])))
+    head = _fit_head(features, targets, penalty / len(targets))
+    probabilities = head.predict_proba(val_features)
+    metrics = {
+        "train/loss": log_loss(targets, head.predict_proba(features), labels=head.classes_),
+        "val/loss": log_loss(val_targets, probabilities, labels=head.classes_),
+        JUDGED_BY: compute_calibrated_loss(val_targets, probabilities),
+        "val/accuracy": accuracy_score(val_targets, head.classes_[probabilities.argmax(axis=1)]),
+        "head_penalty": penalty,
+    }
+    _set_head(classifier.head, head)
     history.add({name: float(value) for name, value in metrics.items()})
+
+
+def _choose_penalty(
+    features: Float[np.ndarray, "num_images num_features"],
+    targets: Int64[np.ndarray, " num_images"],
+    folds: Sequence[tuple[np.ndarray, np.ndarray]],
+) -> float:
+    """The one of PENALTIES with the least log loss.
+
+    Args:
+        folds: positions of images that a head is fitted to, and of those that it is judged by.
+    """
+    best, least = PENALTIES[0], np.inf
+    for penalty in PENALTIES:
+        losses = []
+        for fitted, judged in folds:
+            head = _fit_head(features[fitted], targets[fitted], penalty / len(fitted))
+            losses.append(log_loss(targets[judged], head.predict_proba(features[judged]), labels=head.classes_))
+        if np.mean(losses) >= least:
+            break  # a weaker one would fit the training images only better still
+        best, least = penalty, float(np.mean(losses))
+    return best
+
+
+def _list_folds(targets: Int64[np.ndarray, " num_images"], num_train: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Train and val; where val is too small to choose by, parts of both together take turns."""
+    positions = np.arange(len(targets))
+    num_folds = min(NUM_FOLDS, int(np.bincount(targets).min()))
+    if len(targets) - num_train >= ENOUGH_VAL_IMAGES or num_folds < 2:
+        return [(positions[:num_train], positions[num_train:])]
+    return list(StratifiedKFold(num_folds, shuffle=True, random_state=0).split(positions, targets))
 
 
 def _fit_head(features: np.ndarray, targets: np.ndarray, penalty: float) -> LogisticRegression:
