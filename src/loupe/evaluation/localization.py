@@ -71,7 +71,8 @@ def _integrate_steps(
     """
     reached = np.clip(LARGEST_RATE - low, 0, high - low)
     ramp = reached**2 / (2 * np.where(high > low, high - low, 1))
-    return ramp + np.maximum(LARGEST_RATE - high, 0)
+    areas: np.ndarray = ramp + np.maximum(LARGEST_RATE - high, 0)
+    return areas
 
 
 def compute_pixel_interval(masks: Masks, maps: Maps, seed: int) -> Interval:
