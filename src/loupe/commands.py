@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -14,26 +14,30 @@ from filelock import FileLock
 from loupe.errors import PipelineError
 
 LOCK = Path(".dvc/tmp/loupe.lock")
-GRACE_SECONDS = 5
+GRACE_SECONDS = {signal.SIGINT: 4, signal.SIGTERM: 3, signal.SIGKILL: None}  # less than 10 for all
 
 
-def run_command(command: list[str], timeout_seconds: int) -> Iterator[str]:
-    """Run a program of this environment, alone among those of this project, and give its lines as they come.
+def run_command(command: list[str], timeout_seconds: int, *, alone: bool = True) -> Iterator[str]:
+    """Run a program of this environment on the code of the current folder, and give its lines as they come.
 
-    It gets a process group of its own, which ends with it, with its time, or when this process is interrupted.
+    It gets a process group of its own, which ends with it, with its time, or with this process, however that ends.
+
+    Args:
+        command: the program's name and its arguments.
+        timeout_seconds: after these it is ended.
+        alone: wait until no other such program runs in this folder.
 
     Raises:
         PipelineError: if it fails or runs out of time.
     """
     binaries = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}", "PYTHONUNBUFFERED": "1"}
     LOCK.parent.mkdir(parents=True, exist_ok=True)
     reason = ""
     with (
-        FileLock(LOCK),
+        FileLock(LOCK) if alone else nullcontext(),
         subprocess.Popen(
-            [str(binaries / command[0]), *command[1:]],
-            env=environment,
+            [sys.executable, "-P", __file__, str(os.getpid()), str(binaries / command[0]), *command[1:]],
+            env=_build_environment(binaries),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -54,6 +58,13 @@ def run_command(command: list[str], timeout_seconds: int) -> Iterator[str]:
         raise PipelineError(reason or f"`{' '.join(command)}` ended with {process.returncode}; its log says why")
 
 
+def _build_environment(binaries: Path) -> dict[str, str]:
+    """Programs are those of this environment; what they import of Loupe is the current folder's, as in a worktree."""
+    paths = {"PATH": str(binaries), "PYTHONPATH": str(Path("src").resolve())}
+    joined = {name: os.pathsep.join(filter(None, (path, os.environ.get(name)))) for name, path in paths.items()}
+    return {**os.environ, **joined, "PYTHONUNBUFFERED": "1"}
+
+
 @contextmanager
 def _ending_group(process: subprocess.Popen[str], timeout_seconds: int) -> Iterator[Callable[[], bool]]:
     """Ends the process's whole group on the way out, or when its time is up; gives a question whether that was so."""
@@ -71,22 +82,39 @@ def _ending_group(process: subprocess.Popen[str], timeout_seconds: int) -> Itera
         timer.cancel()
         if process.poll() is None:
             try:
-                process.wait(GRACE_SECONDS if sys.exc_info()[0] is None else 0)
+                process.wait(GRACE_SECONDS[signal.SIGINT] if sys.exc_info()[0] is None else 0)
             except subprocess.TimeoutExpired:
                 _end_group(process)
 
 
 def _end_group(process: subprocess.Popen[str]) -> None:
     """Ask the group to end, then make it. An interruption comes first: DVC then puts back what it had set aside."""
-    for signal_number, patience_seconds in (
-        (signal.SIGINT, GRACE_SECONDS),
-        (signal.SIGTERM, GRACE_SECONDS),
-        (signal.SIGKILL, None),
-    ):
-        try:
-            os.killpg(process.pid, signal_number)
+    for number, patience_seconds in GRACE_SECONDS.items():
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, number)
             process.wait(patience_seconds)
-        except subprocess.TimeoutExpired:
-            continue
-        except ProcessLookupError:
-            return
+            break
+    with suppress(ProcessLookupError):  # those that its leader left behind
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def main() -> None:
+    """Run a program beside which `run_command` can't stand guard any more when it is killed itself.
+
+    The arguments are the id of the process that asked, and the program with its own. Its signals are left to the
+    program: by a handler, since what is ignored would be ignored by children too.
+    """
+    parent, *command = sys.argv[1:]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    process = subprocess.Popen(command)
+    while process.poll() is None:
+        if os.getppid() != int(parent):
+            os.killpg(0, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(1)
+    sys.exit(process.returncode if process.returncode >= 0 else 128 - process.returncode)
+
+
+if __name__ == "__main__":
+    main()

@@ -75,7 +75,7 @@ def test_stages_come_after_what_they_depend_on(monkeypatch):
     assert stages[:3] == ["data/fashion_mnist/dvc.yaml:fetch", "ingest", "validate"]
     assert stages.index("train_detector") < stages.index("evaluate_detector")
     assert stages.index("train_classifier") < stages.index("export_classifier")
-    assert len(stages) == 11
+    assert len(stages) == 12
 
 
 def test_a_stage_whose_parent_was_killed_ends_too(tmp_path):
