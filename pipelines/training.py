@@ -1,11 +1,13 @@
 """The main job as a Prefect flow: every stage of dvc.yaml in its order, then promotion, then the summary."""
 
 import sys
+import time
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import networkx as nx
 from dvc.repo import Repo
-from prefect import flow, get_run_logger, task
+from prefect import Task, flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed, State
@@ -13,7 +15,12 @@ from prefect.states import Completed, Failed, State
 from loupe.commands import run_command
 from loupe.config import load_params
 from loupe.errors import LoupeError, PipelineError
+from loupe.stages.entry import save_json
+from loupe.stages.files import REPORTS
 from loupe.summary import format_markdown, print_summary, write_summary
+
+STAGE_TIMES = REPORTS / "stage_times.json"
+UNCHANGED = "Unchanged"  # name of the state of what had nothing to do
 
 # What DVC says after every stage, for somebody who runs one by hand.
 DVC_ADVICE = (
@@ -29,31 +36,60 @@ DVC_ADVICE = (
 @flow(name="training", description="From images to a promoted classifier and anomaly detector.")
 def train() -> State[None]:
     """Bring every stage up to date, one after another; the first that fails ends the flow."""
-    timeout_seconds = load_params().pipeline.stage_timeout_seconds
-    for stage in list_stages():
-        state = run_stage.with_options(name=stage.rpartition(":")[2])(stage, timeout_seconds, return_state=True)
-        if not state.is_completed():
-            return _fail(_get_reason(state))
-    state = promote(timeout_seconds, return_state=True)
-    if not state.is_completed():
-        return _fail(_get_reason(state))
-    summary = write_summary()
-    create_markdown_artifact(format_markdown(summary), key="training-summary")
+    try:
+        run_stages()
+    except PipelineError as error:
+        return fail(error)
+    create_markdown_artifact(format_markdown(write_summary()), key="training-summary")
     return Completed(message="everything is up to date")
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """How long a stage took, and whether it had nothing to do."""
+
+    seconds: float
+    unchanged: bool
+
+
+def run_stages() -> dict[str, StageTime]:
+    """Run every stage and then promotion, as tasks of the flow that asks; their times go to reports/stage_times.json.
+
+    Raises:
+        PipelineError: what the first that failed said; those after it are not run.
+    """
+    timeout_seconds = load_params().pipeline.stage_timeout_seconds
+    times: dict[str, StageTime] = {}
+    try:
+        for stage in list_stages():
+            name = stage.rpartition(":")[2]
+            times[name] = _take_time(run_stage.with_options(name=name), stage, timeout_seconds)
+        times["promote"] = _take_time(promote, timeout_seconds)
+    finally:
+        save_json({name: asdict(taken) for name, taken in times.items()}, STAGE_TIMES)
+    return times
+
+
+def _take_time(run: Task[..., State[None]], *arguments: object) -> StageTime:
+    start = time.monotonic()
+    state: State[Any] = run(*arguments, return_state=True)
+    if not state.is_completed():
+        raise get_reason(state)
+    return StageTime(round(time.monotonic() - start, 1), unchanged=state.name == UNCHANGED)
 
 
 @task(cache_policy=NO_CACHE)
 def run_stage(stage: str, timeout_seconds: int) -> State[None]:
-    """Reproduce one stage; a stage that is up to date ends as `Unchanged`."""
+    """Reproduce one stage; a stage that is up to date ends as UNCHANGED."""
     command = ["dvc", "--wait-for-lock", "repro", "--single-item", stage]
     name = None
     try:
         for line in run_command(command, timeout_seconds):
-            name = "Unchanged" if "didn't change, skipping" in line else name
+            name = UNCHANGED if "didn't change, skipping" in line else name
             if not line.startswith(DVC_ADVICE):
                 get_run_logger().info(line)
     except PipelineError as error:
-        return _fail(error)
+        return fail(error)
     return Completed(name=name)
 
 
@@ -64,16 +100,17 @@ def promote(timeout_seconds: int) -> State[None]:
         for line in run_command(["loupe", "promote"], timeout_seconds):
             get_run_logger().info(line)
     except PipelineError as error:
-        return _fail(error)
+        return fail(error)
     return Completed()
 
 
-def _fail(error: PipelineError) -> State[None]:
+def fail(error: PipelineError) -> State[None]:
     """A failed state that carries its reason as data: Prefect prints a state's message again at every level."""
     return Failed(message="the log of the stage says why", data=error)
 
 
-def _get_reason(state: State[Any]) -> PipelineError:
+def get_reason(state: State[Any]) -> PipelineError:
+    """What `fail` was given, or what Prefect says of the state."""
     reason = state.result(raise_on_failure=False)
     return reason if isinstance(reason, PipelineError) else PipelineError(state.message or state.name)
 
@@ -94,7 +131,7 @@ def main() -> None:
     try:
         state = train(return_state=True)
         if not state.is_completed():
-            raise _get_reason(state)
+            raise get_reason(state)
         print_summary(write_summary())
     except LoupeError as error:
         sys.exit(f"error: {error}")

@@ -1,0 +1,136 @@
+"""Prefect's server, the deployments of prefect.yaml and a worker for them on this machine, until interrupted."""
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+import yaml
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.exceptions import ObjectAlreadyExists
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.workers.process import ProcessWorker
+
+from loupe.errors import LoupeError, PipelineError
+
+LOOPBACK = "127.0.0.1"
+DEPLOYMENTS = Path("prefect.yaml")
+CHANGED_DEPLOYMENTS = Path(".prefect/deployments.yaml")  # with another schedule
+POOL = "loupe"
+STARTUP_SECONDS = 180
+GRACE_SECONDS = 20  # in which a worker ends its flows, and these their stages
+
+
+def serve(port: int, cron: str | None) -> None:
+    """Start all of it, one after another, and end it with the first that ends, or when interrupted.
+
+    Args:
+        port: of Prefect's page and API, on loopback.
+        cron: replaces that of every schedule in prefect.yaml.
+
+    Raises:
+        LoupeError: if the port is taken, the schedule is none, or a part does not start or ends by itself.
+    """
+    _check_port(port)
+    deployments = DEPLOYMENTS if cron is None else _change_schedule(cron)
+    os.environ.update(_build_settings(port))
+    with ExitStack() as running, temporary_settings({PREFECT_API_URL: os.environ["PREFECT_API_URL"]}):
+        server = running.enter_context(_run("server", "start", "--host", LOOPBACK, "--port", str(port)))
+        _wait_for(server, port)
+        _create_pool()
+        deploying = running.enter_context(_run("--no-prompt", "deploy", "--all", "--prefect-file", str(deployments)))
+        if deploying.wait():
+            raise PipelineError(f"{deployments} could not be deployed: its lines are above")
+        worker = running.enter_context(_run("worker", "start", "--type", "process", "--pool", POOL))
+        print(f"Prefect: http://{LOOPBACK}:{port}  (Ctrl-C ends it)", flush=True)  # noqa: T201
+        while server.poll() is None and worker.poll() is None:
+            time.sleep(0.5)
+    raise PipelineError("Prefect's server or worker ended by itself: its last lines are above")
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        if probe.connect_ex((LOOPBACK, port)) == 0:
+            raise PipelineError(f"port {port} is taken: choose another with PORT=, or end what uses it")
+
+
+def _change_schedule(cron: str) -> Path:
+    values = yaml.safe_load(DEPLOYMENTS.read_text(encoding="utf-8"))
+    for deployment in values["deployments"]:
+        for schedule in deployment.get("schedules", []):
+            schedule["cron"] = cron
+    CHANGED_DEPLOYMENTS.parent.mkdir(exist_ok=True)
+    CHANGED_DEPLOYMENTS.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return CHANGED_DEPLOYMENTS
+
+
+def _build_settings(port: int) -> dict[str, str]:
+    """Environment of server, worker and flows: nothing is told to anyone, and a cancellation is seen at once."""
+    return {
+        "PWD": str(Path.cwd()),
+        "PREFECT_HOME": str(Path(".prefect").resolve()),
+        "PREFECT_API_URL": f"http://{LOOPBACK}:{port}/api",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_WORKER_QUERY_SECONDS": "5",
+        "DVC_NO_ANALYTICS": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+
+
+@contextmanager
+def _run(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A command of Prefect in a process group of its own, which ends on the way out."""
+    program = str(Path(sys.executable).with_name("prefect"))
+    process = subprocess.Popen([program, *arguments], start_new_session=True)
+    try:
+        yield process
+    finally:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, number)
+                process.wait(GRACE_SECONDS)
+
+
+def _wait_for(server: subprocess.Popen[bytes], port: int) -> None:
+    deadline = time.monotonic() + STARTUP_SECONDS
+    while server.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"http://{LOOPBACK}:{port}/api/health", timeout=5).is_success:
+                return
+        time.sleep(0.5)
+    raise PipelineError(f"Prefect's server did not start within {STARTUP_SECONDS} s: its lines are above")
+
+
+def _create_pool() -> None:
+    """By the worker's own template: `prefect work-pool create` would look for one on the web."""
+    template = ProcessWorker.get_default_base_job_template()
+    with get_client(sync_client=True) as client, contextlib.suppress(ObjectAlreadyExists):
+        client.create_work_pool(WorkPoolCreate(name=POOL, type=ProcessWorker.type, base_job_template=template))
+
+
+def main() -> None:
+    """Serve until Ctrl-C; an error is one sentence."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--port", type=int, default=4200)
+    parser.add_argument("--cron", help="in place of the schedule in prefect.yaml, such as '* * * * *'")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        serve(arguments.port, arguments.cron)
+    except KeyboardInterrupt:
+        return
+    except LoupeError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
