@@ -189,6 +189,24 @@ def reconstruct(
 
 
 @app.command()
+def drift(
+    source: Annotated[
+        Path, typer.Argument(help="A table that `loupe score --embeddings` wrote, or a folder of images to score.")
+    ],
+    model: Annotated[
+        str, typer.Option(help="An alias of this data's models, or one model: <name>@<alias> or <name>/<version>.")
+    ] = "champion",
+    images: Annotated[
+        Path | None, typer.Option(help="Where the table's paths start, for pictures; the table's folder, if left out.")
+    ] = None,
+) -> None:
+    """Compare recent images with those a model is known by: whether they drifted, how far, and which moved most."""
+    from loupe.drift import check_drift  # torch and mlflow take seconds
+
+    run_stage(lambda params: check_drift(params, source, model, images))
+
+
+@app.command()
 def model(
     name: Annotated[str, typer.Argument(help="A network that timm knows, or the course's own, such as lenet5.")],
     size: Annotated[
