@@ -1,5 +1,3 @@
-import io
-
 import mlflow
 import numpy as np
 import pandas as pd
@@ -123,8 +121,9 @@ def test_logged_model_answers_as_the_model_in_memory(client, image_files, tmp_pa
     np.testing.assert_allclose(answer[["probability_cat", "probability_dog"]].to_numpy(), expected, atol=1e-6)
 
 
-def test_a_file_that_is_no_image_is_an_error_with_its_reason(client, image_files, tmp_path):
+def test_a_file_that_is_no_image_is_a_row_with_its_reason(client, image_files, tmp_path):
     version = register(client, save_small_detector(tmp_path / "model"), image_files, "images-detector")
     model = mlflow.pyfunc.load_model(f"models:/images-detector/{version.version}")
-    with pytest.raises(Exception, match="it is none of PNG"):
-        model.predict(pd.DataFrame({"image": [io.BytesIO(b"text").getvalue()]}))
+    answer = model.predict(pd.DataFrame({"image": [b"text", image_files[0].read_bytes()]}))
+    assert "it is none of PNG" in answer["problem"][0]
+    assert answer["anomaly_score"].isna().tolist() == [True, False]

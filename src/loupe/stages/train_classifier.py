@@ -25,6 +25,7 @@ from loupe.models.weights import build_options, describe_source
 from loupe.stages.entry import run_stage, save_json
 from loupe.stages.files import MODELS, PREPARED, SKIPPED, TASKS
 from loupe.stages.recording import finish_recording, load_policy, open_memory, record_training
+from loupe.stages.reference import save_reference
 from loupe.tracking.runs import log_epoch
 from loupe.training.classifier import RECIPES, Recipe, compute_targets, train_network
 from loupe.training.trainer import Schedule, choose_batch_size, choose_epochs, choose_precision
@@ -77,6 +78,8 @@ def train_classifier(params: Params) -> None:
             "weights": describe_source(section.backbone, weights),
         }
         save_classifier(classifier, extra, FOLDER)
+        device = next(classifier.parameters()).device
+        save_reference(prepared, lambda images: (classifier.compute_features(images.to(device)), None), FOLDER)
         finish_recording("classifier", run_id, history.to_table())
 
 

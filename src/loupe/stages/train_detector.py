@@ -42,8 +42,9 @@ from loupe.models.detectors.features import FeatureConfig
 from loupe.models.detectors.tiling import TiledDetector, TiledImages, TilingConfig, choose_tiles
 from loupe.models.weights import describe_source
 from loupe.stages.entry import run_stage, save_json
-from loupe.stages.files import CALIBRATION, MODELS, PREPARED, REFERENCE, SKIPPED, TASKS
+from loupe.stages.files import CALIBRATION, MODELS, PREPARED, SKIPPED, TASKS
 from loupe.stages.recording import finish_recording, load_policy, open_memory, record_training
+from loupe.stages.reference import save_reference
 from loupe.tracking.runs import log_epoch
 from loupe.training.detector import Reconstruction
 from loupe.training.detector import train_detector as train
@@ -52,7 +53,7 @@ from loupe.training.trainer import Schedule, choose_batch_size, choose_epochs, c
 BUDGET_PIXELS = 100e6  # under a minute on two CPU cores
 LEAST_EPOCHS, MOST_EPOCHS = 30, 60
 FITTED_AT_ONCE = 16  # images
-MOST_MAPS, MOST_REFERENCES = 64, 1000  # images
+MOST_MAPS = 64
 FOLDER = MODELS / "detector"
 
 log = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ def train_detector(params: Params) -> None:
             **_calibrate(detector, prepared, rate),
         }
         save_detector(detector, extra, FOLDER)
-        _save_reference(detector, prepared)
+        save_reference(prepared, lambda images: _embed(detector, images), FOLDER)
         finish_recording("detector", run_id, fitted.history)
 
 
@@ -240,15 +241,9 @@ def _choose_map_scale(detector: Detector, prepared: Prepared, rows: np.ndarray) 
     return {"low": low, "high": low + 2 * (top - low) if top > low else low + 1}
 
 
-def _save_reference(detector: Detector, prepared: Prepared) -> None:
-    """What normal images that it was not fitted to look like to it, for a later look at how others have drifted."""
-    rows = np.concatenate([prepared.rows_of("calibration"), prepared.rows_of("val")])[:MOST_REFERENCES]
-    with torch.inference_mode():
-        batches = prepared.read_batches(rows, FITTED_AT_ONCE)
-        parts = [detector.embed(torch.from_numpy(batch).to(detector.device)).cpu().numpy() for batch in batches]
-    table = prepared.index.iloc[rows][["image_id", "path"]].reset_index(drop=True)
-    embeddings = list(np.concatenate(parts))
-    save_table(table.assign(embedding=embeddings, anomaly_score=_score(detector, prepared, rows)), FOLDER / REFERENCE)
+def _embed(detector: Detector, images: Tensor) -> tuple[Tensor, Tensor]:
+    images = images.to(detector.device)
+    return detector.embed(images), detector(images)[0]
 
 
 def choose_rate(section: Section, num_calibration: int) -> float:
