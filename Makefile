@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 export DVC_NO_ANALYTICS := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test browser check bench bench-data bench-classifier ui environment lock
+.PHONY: run test browser check bench bench-data bench-classifier ui drill environment lock
 
 environment: $(STAMP)
 
@@ -34,6 +34,10 @@ bench-data: $(STAMP)
 
 bench-classifier: $(STAMP)
 	python benchmarks/classifier.py
+
+# Promotion, what it keeps out, and rollback, with real trainings in a folder of its own; nothing here is touched.
+drill: $(STAMP)
+	@python -m pipelines.drill
 
 ui: $(STAMP)
 	@loupe ui

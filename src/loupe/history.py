@@ -58,19 +58,20 @@ def show_history(name: str | None) -> None:
 
 
 def build_history(name: str, entries: list[Entry]) -> Table:
-    """A row an entry, the latest last; what ended a move stands in the row of the move."""
+    """A row an entry, the latest last; the entry that ended a move stands in the row of the move."""
     table = Table(title=f"The audit of {name}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("", "when (UTC)", "who", "what", "champion", "data", "why"):
         table.add_column(heading, overflow="fold")
     for number, (entry, end) in enumerate(pair_with_ends(entries), 1):
         if entry.action in (DONE, UNDONE):
             continue
-        unfinished = " (undone)" if end == UNDONE else " (unfinished)" if end != DONE else ""
+        is_ended = entry.is_begun and end in (DONE, UNDONE)
+        state = " (undone)" if end == UNDONE else " (unfinished)" if entry.is_begun and not is_ended else ""
         table.add_row(
-            str(number),
+            f"{number}–{number + 1}" if is_ended else str(number),
             entry.when.removesuffix("+00:00").replace("T", " "),
             entry.who,
-            f"{entry.action}{f' {entry.version}' if entry.version else ''}{unfinished if entry.is_begun else ''}",
+            f"{entry.action}{f' {entry.version}' if entry.version else ''}{state}",
             entry.champion_to or "nobody"
             if entry.champion_from == entry.champion_to
             else f"{entry.champion_from or 'nobody'} → {entry.champion_to or 'nobody'}",
