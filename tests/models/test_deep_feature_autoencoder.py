@@ -97,7 +97,7 @@ def test_the_loss_is_one_minus_the_mean_cosine_of_each_place_mean_over_the_level
     torch.testing.assert_close(detector.compute_losses(images, 0.5)["loss"], torch.stack(means).mean())
 
 
-def test_the_score_is_the_maximum_of_the_blurred_sum_of_the_levels_distances(trained):
+def test_the_score_is_the_mean_of_the_largest_hundredth_of_the_blurred_sum_of_distances(trained):
     detector, images = trained[0], draw_stripes(2, seed=2)
     with torch.inference_mode():
         distances = detector.compute_distances(images)
@@ -106,7 +106,8 @@ def test_the_score_is_the_maximum_of_the_blurred_sum_of_the_levels_distances(tra
     weights = torch.exp(-0.5 * torch.arange(-2.0, 3.0).square())
     kernel = torch.outer(weights, weights) / weights.sum() ** 2
     blurred = F.conv2d(F.pad(total, (2, 2, 2, 2), mode="reflect"), kernel[None, None])
-    torch.testing.assert_close(scores, blurred.amax(dim=(1, 2, 3)))
+    largest = blurred.flatten(1).sort(descending=True).values[:, :4]  # of 16 x 24 places
+    torch.testing.assert_close(scores, largest.mean(dim=1))
 
 
 def test_an_image_is_embedded_as_one_vector_that_does_not_depend_on_the_batch(trained):

@@ -20,6 +20,7 @@ from loupe.models.weights import build_backbone, build_options
 LEVELS = slice(0, 3)  # of a convolutional network the strides 4, 8 and 16, as in the paper
 MOST_CHANNELS = 256  # between the levels of the decoder: the levels of large backbones are rebuilt from fewer
 BLUR_PLACES, BLUR_KERNEL = 1.0, 5  # the paper's 4 pixels at stride 4
+TOP_PART = 0.01  # of an image's places; the paper's maximum was the noisier on normal images with synthetic defects
 
 Shape = tuple[int, int, int]  # channels, rows and columns of a level
 
@@ -65,7 +66,10 @@ def _convolve(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Seq
 
 
 class DeepFeatureAutoencoder(TrainedDetector):
-    """The map is the sum of the levels' cosine distances to what was rebuilt, blurred, the score its maximum."""
+    """The map is the blurred sum of the levels' cosine distances to what was rebuilt, the score its largest part's mean.
+
+    Only the bottleneck and the decoder are trained.
+    """
 
     name = "deep_feature_autoencoder"
     config_type = FeatureConfig
@@ -113,7 +117,9 @@ class DeepFeatureAutoencoder(TrainedDetector):
         distances = [level[:, None] for level in self.compute_distances(images)]
         levels = [F.interpolate(level, distances[0].shape[2:], mode="bilinear") for level in distances]
         maps = gaussian_blur(torch.stack(levels).sum(dim=0), [BLUR_KERNEL] * 2, [BLUR_PLACES] * 2)
-        return maps.amax(dim=(1, 2, 3)), F.interpolate(maps, images.shape[2:], mode="bilinear")[:, 0]
+        places = maps.flatten(1)
+        top = places.topk(max(1, round(TOP_PART * places.shape[1]))).values
+        return top.mean(dim=1), F.interpolate(maps, images.shape[2:], mode="bilinear")[:, 0]
 
     def embed(self, images: UInt8[Tensor, "batch channels height width"]) -> Float[Tensor, "batch num_values"]:
         """The code's mean over all places."""
