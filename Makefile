@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 export DVC_NO_ANALYTICS := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test browser check bench bench-data bench-classifier ui drill environment lock
+.PHONY: run test browser check bench bench-data bench-classifier ui serve-pipelines drill environment lock
 
 environment: $(STAMP)
 
@@ -41,6 +41,10 @@ drill: $(STAMP)
 
 ui: $(STAMP)
 	@loupe ui
+
+# Prefect's server, the deployments of prefect.yaml and a worker, until Ctrl-C. CRON="* * * * *" replaces the schedule.
+serve-pipelines: $(STAMP)
+	@python -m pipelines.serving $(if $(PORT),--port '$(PORT)') $(if $(CRON),--cron '$(CRON)')
 
 # The environment is made once, and again where the lock file has changed. The lock is complete: nothing is resolved here.
 $(STAMP): requirements.txt pyproject.toml
