@@ -66,7 +66,7 @@ def _convolve(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Seq
 
 
 class DeepFeatureAutoencoder(TrainedDetector):
-    """The map is the blurred sum of the levels' cosine distances to what was rebuilt, the score its largest part's mean.
+    """The map is the blurred sum of the levels' cosine distances to what was rebuilt, the score the mean of its top.
 
     Only the bottleneck and the decoder are trained.
     """
