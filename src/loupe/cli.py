@@ -172,6 +172,42 @@ def ladder() -> None:
 
 
 @app.command()
+def runs(
+    run_ids: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="Compare these: ids, or their beginnings.")
+    ] = None,
+    experiment: Annotated[str | None, typer.Option(help="Of which data set; of the present one, if left out.")] = None,
+    task: Annotated[str | None, typer.Option(help="Only classifier or detector.")] = None,
+    last: Annotated[int, typer.Option(min=1, help="How many.")] = 20,
+) -> None:
+    """List trainings with their figures, the newest first, or compare some: what differs, figures side by side."""
+    from loupe.runs import compare_runs, show_runs  # mlflow takes seconds
+
+    if run_ids and (experiment or task):
+        raise ConfigError("--experiment and --task are for the list: runs to compare are named by their ids alone")
+    if run_ids:
+        compare_runs(run_ids)
+    else:
+        show_runs(experiment, task, last)
+
+
+@app.command()
+def reproduce(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="Its id, or the beginning of it.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also with other data or params, or without changes that nobody recorded.")
+    ] = False,
+) -> None:
+    """Make a training again from its record, in a copy of the project, and compare; exits with 1 if figures differ."""
+    from loupe.reproduction import reproduce as make_again  # mlflow and DVC take seconds
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if not make_again(run_id, force, dry_run):
+        raise typer.Exit(1)
+
+
+@app.command()
 def reconstruct(
     source: Annotated[
         Path | None, typer.Argument(help="An image or a folder of images; if left out, some of the test images.")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -32,7 +33,15 @@ from loupe.stages.files import (
     load_data_set,
 )
 from loupe.tracking.registry import log_model
-from loupe.tracking.runs import connect, log_dataset, log_results, start_run
+from loupe.tracking.runs import (
+    connect,
+    end_dead_runs,
+    find_run,
+    log_dataset,
+    log_results,
+    log_stage_times,
+    start_run,
+)
 from loupe.training.trainer import LAST
 
 if TYPE_CHECKING:
@@ -43,17 +52,37 @@ NUM_EXAMPLES = 2  # one alone could freeze a batch size of one into a model
 
 @contextmanager
 def record_training(task: str, params: Params, recipe: "DataclassInstance") -> Iterator[str]:
-    """An MLflow run around one training of `task`; gives its id. `recipe` says what `auto` became."""
-    data_set = load_data_set()
+    """An MLflow run around one training of `task`; gives its id. `recipe` says what `auto` became.
+
+    When it ends well, the metric `<task>/train/seconds` says how long it took, recording and all.
+    """
+    data_set, start = load_data_set(), time.monotonic()
     client = connect(data_set.name)
     (MODELS / task).mkdir(parents=True, exist_ok=True)
     rows = load_table(MANIFEST).drop_duplicates("image_id").merge(load_table(SPLITS), on="image_id")
     values = {**params.model_dump(by_alias=True), "chosen": asdict(recipe)}
     with start_run(task, values, {"task": task}) as run_id:
+        end_dead_runs(client, client.get_run(run_id).info.experiment_id)
         log_dataset(rows, Path(data_set.source), data_set.name, compute_data_digest(rows))
         augmented = [AUGMENT / task / CONTACT_SHEET, AUGMENT / task / POLICY]
         log_results(client, run_id, files=[*augmented, VALIDATION, WORST_IMAGES, DATA_REPORT])
         yield run_id
+        log_results(client, run_id, metrics={f"{task}/train/seconds": time.monotonic() - start})
+
+
+def record_stage_times(times: Mapping[str, Mapping[str, Any]]) -> None:
+    """Add to the run of each trained model how long the stages took that led to it.
+
+    Args:
+        times: `seconds` and `unchanged` by stage.
+
+    Raises:
+        TrackingError: if the store does not hold such a run.
+    """
+    client = connect(load_data_set().name)
+    for run_file in sorted(MODELS.glob(f"*/{RUN}")):
+        task = run_file.parent.name
+        log_stage_times(client, find_run(client, run_file), task, times)
 
 
 @contextmanager
