@@ -25,7 +25,7 @@ from loupe.commands import run_command
 from loupe.config import load_params
 from loupe.errors import LoupeError, PipelineError
 from loupe.summary import format_markdown, write_summary
-from pipelines.training import StageTime, get_reason, run_stages
+from pipelines.training import StageTime, run_stages
 from pipelines.worktree import commit_locks, find_pulled, open_worktree, read_locks
 
 LOCK = COMMANDS_LOCK.with_name("retraining.lock")
@@ -99,8 +99,8 @@ def _publish(outcome: str, markdown: str, **facts: Any) -> None:
 def main() -> None:
     """Run the flow here and now, without a server."""
     state = retrain(return_state=True)
-    if state.is_cancelled() or not state.is_completed():
-        sys.exit(f"error: {state.message or get_reason(state)}")
+    if not state.is_completed():
+        sys.exit(f"error: {state.message}")
     print(state.message)  # noqa: T201
 
 

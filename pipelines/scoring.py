@@ -32,12 +32,15 @@ def score(path: str, model: str = "champion") -> State[None]:
         path: what `loupe score` takes: an image, a folder, or a table.
         model: an alias of this data's models, or one model of MLflow's registry.
     """
-    table = SCORES / f"{name_source(Path(path))}.parquet"
+    source = Path(path)
+    table, root = SCORES / f"{name_source(source)}.parquet", source if source.is_dir() else source.parent
     timeout_seconds = load_params().pipeline.stage_timeout_seconds
     try:
-        command = ["loupe", "score", path, "--model", model, "--embeddings", "--out", table.as_posix()]
-        run_program.with_options(name="score")(command, timeout_seconds)
-        run_program.with_options(name="drift")(["loupe", "drift", table.as_posix()], timeout_seconds)
+        for command in (
+            ["loupe", "score", path, "--model", model, "--embeddings", "--out", str(table)],
+            ["loupe", "drift", str(table), "--model", model, "--images", str(root)],
+        ):
+            run_program.with_options(name=command[1])(command, timeout_seconds)
     except LoupeError as error:
         return Failed(message=str(error), data=error)
     return tell_of_drift(table, json.loads(DRIFT.read_text(encoding="utf-8")))

@@ -13,11 +13,21 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import yaml
+from filelock import FileLock, Timeout
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Crashed
 from prefect.workers.process import ProcessWorker
 
 from loupe.errors import LoupeError, PipelineError
@@ -26,6 +36,8 @@ LOOPBACK = "127.0.0.1"
 DEPLOYMENTS = Path("prefect.yaml")
 CHANGED_DEPLOYMENTS = Path(".prefect/deployments.yaml")  # with another schedule
 POOL = "loupe"
+LOCK = Path(".prefect/serving.lock")
+ACTIVE = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 STARTUP_SECONDS = 180
 GRACE_SECONDS = 20  # in which a worker ends its flows, and these their stages
 
@@ -38,15 +50,24 @@ def serve(port: int, cron: str | None) -> None:
         cron: replaces that of every schedule in prefect.yaml.
 
     Raises:
-        LoupeError: if the port is taken, the schedule is none, or a part does not start or ends by itself.
+        PipelineError: if the port is taken, the project is served already, or a part does not start or ends by itself.
     """
     _check_port(port)
+    LOCK.parent.mkdir(exist_ok=True)
+    try:
+        with FileLock(LOCK, timeout=0):
+            _serve_alone(port, cron)
+    except Timeout as error:
+        raise PipelineError("this project is served already: end that first") from error
+
+
+def _serve_alone(port: int, cron: str | None) -> None:
     deployments = DEPLOYMENTS if cron is None else _change_schedule(cron)
     os.environ.update(_build_settings(port))
     with ExitStack() as running, temporary_settings({PREFECT_API_URL: os.environ["PREFECT_API_URL"]}):
         server = running.enter_context(_run("server", "start", "--host", LOOPBACK, "--port", str(port)))
         _wait_for(server, port)
-        _create_pool()
+        _settle()
         deploying = running.enter_context(_run("--no-prompt", "deploy", "--all", "--prefect-file", str(deployments)))
         if deploying.wait():
             raise PipelineError(f"{deployments} could not be deployed: its lines are above")
@@ -68,7 +89,6 @@ def _change_schedule(cron: str) -> Path:
     for deployment in values["deployments"]:
         for schedule in deployment.get("schedules", []):
             schedule["cron"] = cron
-    CHANGED_DEPLOYMENTS.parent.mkdir(exist_ok=True)
     CHANGED_DEPLOYMENTS.write_text(yaml.safe_dump(values), encoding="utf-8")
     return CHANGED_DEPLOYMENTS
 
@@ -80,6 +100,8 @@ def _build_settings(port: int) -> dict[str, str]:
         "PREFECT_HOME": str(Path(".prefect").resolve()),
         "PREFECT_API_URL": f"http://{LOOPBACK}:{port}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # In memory, as by itself, they are lost with the server, and their limits are never free again.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_WORKER_QUERY_SECONDS": "5",
         "DVC_NO_ANALYTICS": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -88,16 +110,20 @@ def _build_settings(port: int) -> dict[str, str]:
 
 @contextmanager
 def _run(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A command of Prefect in a process group of its own, which ends on the way out."""
+    """A command of Prefect, which ends on the way out with all that it started."""
     program = str(Path(sys.executable).with_name("prefect"))
     process = subprocess.Popen([program, *arguments], start_new_session=True)
     try:
         yield process
     finally:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, number)
-                process.wait(GRACE_SECONDS)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = psutil.Process(process.pid).children(recursive=True)
+            process.terminate()
+            psutil.wait_procs([psutil.Process(process.pid), *family], GRACE_SECONDS)
+            for one in (process, *family):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+        process.wait()
 
 
 def _wait_for(server: subprocess.Popen[bytes], port: int) -> None:
@@ -110,11 +136,19 @@ def _wait_for(server: subprocess.Popen[bytes], port: int) -> None:
     raise PipelineError(f"Prefect's server did not start within {STARTUP_SECONDS} s: its lines are above")
 
 
-def _create_pool() -> None:
-    """By the worker's own template: `prefect work-pool create` would look for one on the web."""
+def _settle() -> None:
+    """Make the worker's pool, and crash what was running when an earlier server ended: it would keep others out."""
+    left = FlowRunFilter(
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=ACTIVE)),
+        deployment_id=FlowRunFilterDeploymentId(is_null_=False),
+    )
+    # `prefect work-pool create` would look for a template on the web.
     template = ProcessWorker.get_default_base_job_template()
-    with get_client(sync_client=True) as client, contextlib.suppress(ObjectAlreadyExists):
-        client.create_work_pool(WorkPoolCreate(name=POOL, type=ProcessWorker.type, base_job_template=template))
+    with get_client(sync_client=True) as client:
+        for run in client.read_flow_runs(flow_run_filter=left):
+            client.set_flow_run_state(run.id, Crashed(message="its server ended"), force=True)
+        with contextlib.suppress(ObjectAlreadyExists):
+            client.create_work_pool(WorkPoolCreate(name=POOL, type=ProcessWorker.type, base_job_template=template))
 
 
 def main() -> None:

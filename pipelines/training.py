@@ -39,7 +39,7 @@ def train() -> State[None]:
     try:
         run_stages()
     except PipelineError as error:
-        return fail(error)
+        return _fail(error)
     create_markdown_artifact(format_markdown(write_summary()), key="training-summary")
     return Completed(message="everything is up to date")
 
@@ -74,7 +74,7 @@ def _take_time(run: Task[..., State[None]], *arguments: object) -> StageTime:
     start = time.monotonic()
     state: State[Any] = run(*arguments, return_state=True)
     if not state.is_completed():
-        raise get_reason(state)
+        raise _get_reason(state)
     return StageTime(round(time.monotonic() - start, 1), unchanged=state.name == UNCHANGED)
 
 
@@ -89,7 +89,7 @@ def run_stage(stage: str, timeout_seconds: int) -> State[None]:
             if not line.startswith(DVC_ADVICE):
                 get_run_logger().info(line)
     except PipelineError as error:
-        return fail(error)
+        return _fail(error)
     return Completed(name=name)
 
 
@@ -100,17 +100,16 @@ def promote(timeout_seconds: int) -> State[None]:
         for line in run_command(["loupe", "promote"], timeout_seconds):
             get_run_logger().info(line)
     except PipelineError as error:
-        return fail(error)
+        return _fail(error)
     return Completed()
 
 
-def fail(error: PipelineError) -> State[None]:
+def _fail(error: PipelineError) -> State[None]:
     """A failed state that carries its reason as data: Prefect prints a state's message again at every level."""
     return Failed(message="the log of the stage says why", data=error)
 
 
-def get_reason(state: State[Any]) -> PipelineError:
-    """What `fail` was given, or what Prefect says of the state."""
+def _get_reason(state: State[Any]) -> PipelineError:
     reason = state.result(raise_on_failure=False)
     return reason if isinstance(reason, PipelineError) else PipelineError(state.message or state.name)
 
@@ -131,7 +130,7 @@ def main() -> None:
     try:
         state = train(return_state=True)
         if not state.is_completed():
-            raise get_reason(state)
+            raise _get_reason(state)
         print_summary(write_summary())
     except LoupeError as error:
         sys.exit(f"error: {error}")

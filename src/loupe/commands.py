@@ -30,14 +30,12 @@ def run_command(command: list[str], timeout_seconds: int, *, alone: bool = True)
     Raises:
         PipelineError: if it fails or runs out of time.
     """
-    binaries = Path(sys.executable).parent
     LOCK.parent.mkdir(parents=True, exist_ok=True)
     reason = ""
     with (
         FileLock(LOCK) if alone else nullcontext(),
         subprocess.Popen(
-            [sys.executable, "-P", __file__, str(os.getpid()), str(binaries / command[0]), *command[1:]],
-            env=_build_environment(binaries),
+            [sys.executable, "-P", __file__, str(os.getpid()), *command],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -56,13 +54,6 @@ def run_command(command: list[str], timeout_seconds: int, *, alone: bool = True)
         raise PipelineError(f"`{' '.join(command)}` ran longer than pipeline.stage_timeout_seconds ({timeout_seconds})")
     if process.returncode:
         raise PipelineError(reason or f"`{' '.join(command)}` ended with {process.returncode}; its log says why")
-
-
-def _build_environment(binaries: Path) -> dict[str, str]:
-    """Programs are those of this environment; what they import of Loupe is the current folder's, as in a worktree."""
-    paths = {"PATH": str(binaries), "PYTHONPATH": str(Path("src").resolve())}
-    joined = {name: os.pathsep.join(filter(None, (path, os.environ.get(name)))) for name, path in paths.items()}
-    return {**os.environ, **joined, "PYTHONUNBUFFERED": "1"}
 
 
 @contextmanager
@@ -104,16 +95,24 @@ def main() -> None:
     The arguments are the id of the process that asked, and the program with its own. Its signals are left to the
     program: by a handler, since what is ignored would be ignored by children too.
     """
-    parent, *command = sys.argv[1:]
+    parent, program, *arguments = sys.argv[1:]
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    process = subprocess.Popen(command)
+    binaries = Path(sys.executable).parent
+    process = subprocess.Popen([str(binaries / program), *arguments], env=_build_environment(binaries))
     while process.poll() is None:
         if os.getppid() != int(parent):
             os.killpg(0, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):
             process.wait(1)
     sys.exit(process.returncode if process.returncode >= 0 else 128 - process.returncode)
+
+
+def _build_environment(binaries: Path) -> dict[str, str]:
+    """Programs are those of this environment; what they import of Loupe is the current folder's, as in a worktree."""
+    paths = {"PATH": str(binaries), "PYTHONPATH": str(Path("src").resolve())}
+    joined = {name: os.pathsep.join(filter(None, (path, os.environ.get(name)))) for name, path in paths.items()}
+    return {**os.environ, **joined, "PYTHONUNBUFFERED": "1"}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -69,6 +70,46 @@ def test_an_interruption_ends_the_program():
     assert not psutil.pid_exists(program)
 
 
+def test_a_program_that_won_t_listen_ends_within_ten_seconds():
+    program = (
+        "import os, signal, time\n"
+        "for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)\n"
+        "print(os.getpid(), flush=True); time.sleep(600)"
+    )
+    lines = run_command(["python", "-c", program], 600)
+    stubborn, started = int(next(lines)), time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        lines.throw(KeyboardInterrupt())
+    assert time.monotonic() - started < 10
+    assert ends(stubborn)
+
+
+def test_a_program_ends_with_a_caller_that_is_killed():
+    program = (
+        "from loupe.commands import run_command\n"
+        "inner = 'import os, time; print(os.getpid(), flush=True); time.sleep(600)'\n"
+        "for line in run_command(['python', '-c', inner], 600): print(line, flush=True)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as caller:
+        child = int(caller.stdout.readline())
+        caller.kill()
+    assert ends(child)
+
+
+def test_programs_run_the_current_folders_code(tmp_path):
+    (tmp_path / "src" / "loupe").mkdir(parents=True)
+    (tmp_path / "src" / "loupe" / "__init__.py").touch()
+    (tmp_path / "src" / "loupe" / "marker.py").write_text("print('of this folder')")
+    assert list(run_command(["python", "-c", "import loupe.marker"], 60)) == ["of this folder"]
+
+
+def test_a_program_that_only_reads_waits_for_nobody():
+    busy = run_command(["python", "-c", "import time; print('busy', flush=True); time.sleep(600)"], 600)
+    assert next(busy) == "busy"
+    assert list(run_command(["python", "-c", "print('beside')"], 60, alone=False)) == ["beside"]
+    busy.close()
+
+
 def test_stages_come_after_what_they_depend_on(monkeypatch):
     monkeypatch.chdir(ROOT)
     stages = list_stages()
@@ -85,8 +126,6 @@ def test_a_stage_whose_parent_was_killed_ends_too(tmp_path):
         "print(subprocess.Popen([sys.executable, '-c', child]).pid, flush=True)\n"
         "time.sleep(3); import os; os._exit(0)"
     )
-    import subprocess
-
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ)
     child, deadline = int(answer.stdout), time.monotonic() + 10
     while psutil.pid_exists(child) and time.monotonic() < deadline:
