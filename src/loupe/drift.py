@@ -29,7 +29,7 @@ from loupe.reporting.page import embed_picture, render_page, save_page
 from loupe.scoring import Request, list_source, score_images
 from loupe.stages.entry import save_json
 from loupe.stages.files import LISTING, REFERENCE, REPORTS, load_data_set
-from loupe.tracking.loading import MlflowClient, ModelVersion, find_folder, find_version
+from loupe.tracking.loading import MlflowClient, ModelVersion, find_folder, find_named
 from loupe.tracking.runs import connect, log_results, start_run
 
 FIGURES, PAGE = REPORTS / "drift.json", REPORTS / "drift.html"
@@ -136,7 +136,7 @@ def _find_model(table: pd.DataFrame, model: str) -> tuple[MlflowClient, ModelVer
     client = connect(data_set)
     task = "detector" if "anomaly_score" in table else "classifier"
     name = model if "@" in model or "/" in model else f"{data_set}-{task}@{model}"
-    version = find_version(client, name)
+    version = find_named(client, name)
     if version is None:
         raise TrackingError(f"MLflow's registry has no model {name}: `loupe promote` makes champions")
     return client, version

@@ -23,7 +23,7 @@ from loupe.errors import ConfigError, DataError, TrackingError
 from loupe.evaluation.pictures import DisplayScale, overlay_heat
 from loupe.stages.entry import save_json
 from loupe.stages.files import LISTING, load_data_set
-from loupe.tracking.loading import find_version, load_image_model
+from loupe.tracking.loading import find_named, load_image_model
 from loupe.tracking.pyfunc import ImageModel, Options
 from loupe.tracking.runs import connect
 
@@ -152,7 +152,7 @@ def load_scorers(request: Request) -> list[Scorer]:
         names = [request.model]
     else:
         names = [f"{data_set}-{task}@{request.model}" for task in TASKS]
-    versions = [version for name in names if (version := find_version(client, name)) is not None]
+    versions = [version for name in names if (version := find_named(client, name)) is not None]
     if not versions:
         raise TrackingError(f"MLflow's registry has no model {' or '.join(names)}: `loupe promote` makes champions")
     scorers = []

@@ -318,3 +318,16 @@ def test_a_path_that_a_table_lists_twice_is_named(class_folders):
     (class_folders / "list.csv").write_text("path,label\ncat/0.png,cat\ncat/0.png,dog\n")
     with pytest.raises(DataError, match=r"one row an image, got cat/0\.png more than once"):
         list_images(class_folders)
+
+
+def test_anomalous_images_to_train_on_are_refused_and_named(mvtec, write):
+    write(mvtec / "train" / "scratch" / "7.png", 70)
+    write(mvtec / "train" / "scratch" / "8.png", 71)
+    with pytest.raises(DataError, match=r"normal images alone, in train/good/, got train/scratch/7.png and 1 more"):
+        list_images(mvtec)
+
+
+def test_a_mask_without_its_image_is_refused_and_named(mvtec):
+    (mvtec / "test" / "scratch" / "1.png").unlink()
+    with pytest.raises(DataError, match=r"masks without their images: ground_truth/scratch/1_mask.png;"):
+        list_images(mvtec)

@@ -17,11 +17,11 @@ TINY = (
     "--set",
     "prepare.classifier.input_size=32",
     "--set",
-    "train_detector.epochs=2",
+    "promote.classifier={floor: 0.2, worst_floor: 0.0, margin: 0.0, confidence: 0.95, max_latency_growth: 20.0, "
+    "max_size_growth: 4.0}",
     "--set",
-    "promote.classifier.floor=0.2",
-    "--set",
-    "promote.detector.floor=0.2",
+    "promote.detector={floor: 0.2, worst_floor: 0.0, margin: 0.0, confidence: 0.95, max_latency_growth: 20.0, "
+    "max_size_growth: 4.0}",
 )
 
 
@@ -147,9 +147,9 @@ def test_a_better_challenger_is_promoted_and_a_worse_one_kept_out(project, summa
     assert better.returncode == 0
     after = json.loads((project / "reports/summary.json").read_text())
     assert after["classifier/version"] == "2"
-    won = after["classifier/test/accuracy"] > summary["classifier/test/accuracy"]
+    won = after["classifier/decision"] == "promoted"
     assert after["classifier/champion_version"] == ("2" if won else "1")
-    assert "on the same images" in after["classifier/reason"]
+    assert won == (after["classifier/promotion/difference_low"] > 0)
     assert after["detector/version"] == "1"
 
 

@@ -3,7 +3,7 @@
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ TABLE_READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     ".parquet": pd.read_parquet,
 }
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-NORMAL_FOLDER = "good"
+NORMAL_FOLDER, MASK_FOLDER = "good", "ground_truth"
 NAMELESS = frozenset({"images", "data", "dataset"})
 LAYOUTS = {
     "class_folders": "a folder for each class, with its images",
@@ -109,7 +109,7 @@ def _recognise_layout(root: Path, images: list[str], tables: list[str]) -> str:
     places = {tuple(path.split("/")[:-1]) for path in images}
     folders = {parts[0] for parts in places if parts}
     in_train = {parts[1] for parts in places if len(parts) > 1 and parts[0] == "train"}
-    if in_train == {NORMAL_FOLDER} and "test" in folders:
+    if "test" in folders and (in_train == {NORMAL_FOLDER} or (NORMAL_FOLDER in in_train and MASK_FOLDER in folders)):
         return "mvtec"
     if in_train and folders <= set(SPLIT_FOLDERS):
         return "split_folders"
@@ -173,7 +173,30 @@ def _read_folders(images: list[str], links: list[str], layout: str) -> pd.DataFr
         table = table[table["given_split"].notna()]
     if layout == "mvtec":
         table["mask_path"] = _find_masks(table["path"], set(images)).to_numpy()
+        _check_mvtec(table, images)
     return table
+
+
+def _check_mvtec(table: pd.DataFrame, images: list[str]) -> None:
+    """In this layout a detector is trained on all of train/, and each mask is of an image."""
+    anomalous = table["path"][table["given_split"].eq("train") & table["label"].ne(NORMAL_FOLDER)]
+    if len(anomalous):
+        raise DataError(
+            f"train/ must hold normal images alone, in train/{NORMAL_FOLDER}/, got {_name_some(anomalous)}: move what "
+            "is anomalous to test/"
+        )
+    masks = set(images) - set(table["path"]) - set(table["mask_path"].dropna())
+    alone = sorted(path for path in masks if path.startswith(f"{MASK_FOLDER}/"))
+    if alone:
+        raise DataError(
+            f"masks without their images: {_name_some(alone)}; expected the image of "
+            f"{MASK_FOLDER}/<defect>/<name>_mask.png in test/<defect>/<name>.*"
+        )
+
+
+def _name_some(paths: Sequence[str] | pd.Series) -> str:
+    """The first of them, and how many more there are."""
+    return f"{next(iter(paths))}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
 
 
 def _find_masks(paths: pd.Series, files: set[str]) -> pd.Series:
@@ -181,7 +204,7 @@ def _find_masks(paths: pd.Series, files: set[str]) -> pd.Series:
 
     def find(path: str) -> str | None:
         _, defect, *_, name = path.split("/")
-        stem = f"ground_truth/{defect}/{Path(name).stem}"
+        stem = f"{MASK_FOLDER}/{defect}/{Path(name).stem}"
         return next((mask for mask in (f"{stem}_mask.png", f"{stem}.png") if mask in files), None)
 
     return paths.map(find).astype("str")

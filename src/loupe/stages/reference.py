@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -36,5 +37,6 @@ def save_reference(prepared: Prepared, embed: Embed, folder: Path) -> None:
             vectors, anomaly_scores = embed(torch.from_numpy(batch))
             embeddings += list(vectors.float().cpu().numpy())
             scores += [] if anomaly_scores is None else anomaly_scores.double().tolist()
-    table = prepared.index.iloc[rows][["image_id", "path"]].reset_index(drop=True).assign(embedding=embeddings)
+    table = prepared.index.iloc[rows][["image_id", "path"]].reset_index(drop=True)
+    table["embedding"] = pd.Series(embeddings, dtype="object")
     save_table(table.assign(anomaly_score=scores) if scores else table, folder / REFERENCE)

@@ -11,20 +11,17 @@ from mlflow.exceptions import MlflowException
 from loupe.errors import TrackingError
 from loupe.models.files import load_config
 from loupe.tracking.pyfunc import ImageModel
-
-LACKING = (
-    "RESOURCE_DOES_NOT_EXIST",
-    "INVALID_PARAMETER_VALUE",
-)  # what MLflow says of a name, alias or number not there
+from loupe.tracking.registry import LACKING, find_version
 
 
-def find_version(client: MlflowClient, name: str) -> ModelVersion | None:
+def find_named(client: MlflowClient, name: str) -> ModelVersion | None:
     """The version that `<model>@<alias>` or `<model>/<number>` names, None where there is none."""
-    model, alias = name.split("@", 1) if "@" in name else (name.rpartition("/")[0], "")
+    if "@" not in name:
+        model, _, number = name.rpartition("/")
+        return find_version(client, model, number)
+    model, alias = name.split("@", 1)
     try:
-        if alias:
-            return client.get_model_version_by_alias(model, alias)
-        return client.get_model_version(model, name.rpartition("/")[2])
+        return client.get_model_version_by_alias(model, alias)
     except MlflowException as error:
         if error.error_code in LACKING:
             return None
