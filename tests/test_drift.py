@@ -158,6 +158,7 @@ def test_a_table_with_scores_is_compared_with_the_detectors_reference(params, pu
     assert set(figures) == {
         *("is_drifted", "is_decided", "verdict", "model", "source", "false_alarm_rate"),
         *("num_recent", "num_reference", "num_left_out", "num_unreadable"),
+        *("num_recent_groups", "num_reference_groups"),
         *(f"{test}/{name}" for test in ("embedding", "score") for name in ("p_value", "effect", "is_drifted")),
         *(f"{test}/effect_{end}" for test in ("embedding", "score") for end in ("low", "high")),
     }
@@ -186,10 +187,8 @@ def test_images_that_could_not_be_read_are_left_out(params, put):
 def test_of_too_few_images_nothing_is_said_but_that(project, params, put):
     figures = check(params, put(draw_table(19, 5, 9.0)))
     assert (figures["is_decided"], figures["is_drifted"]) == (False, False)
-    assert (
-        figures["verdict"]
-        == "Too few images to say: there are 19 recent and 40 reference images, and it takes 20 of each."
-    )
+    said = "Too few images to say: there are 19 recent and 40 reference ones that are independent of each other"
+    assert figures["verdict"] == f"{said}, and it takes 20 of each."
     assert not any(name.startswith(("embedding", "score")) for name in figures)
     assert figures["verdict"] in open_text("drift.html")
     assert find_run(project)[1].data.metrics["drift/is_decided"] == 0
@@ -205,6 +204,22 @@ def test_pictures_are_those_that_the_paths_name(project, params, put, write):
     page = open_text("drift.html")
     assert page.count("data:image/jpeg") == 3  # of the reference alone
     assert page.count("no picture") == 3
+
+
+def test_images_of_a_group_count_as_one_and_those_of_none_for_themselves(params, put):
+    parts = ["a", "b", None] * 10
+    figures = check(params, put(draw_table(NUM_RECENT, 10).assign(group=parts)))
+    assert (figures["num_recent"], figures["num_recent_groups"], figures["num_reference_groups"]) == (30, 12, 40)
+    assert not figures["is_decided"]
+    assert "12 recent and 40 reference groups" in open_text("drift.html")
+
+
+def test_the_reference_has_the_groups_that_its_data_set_gives(project, params, put):
+    rows = pd.DataFrame({"image_id": ["0", "1"], "group": ["part", None]})
+    save_table(rows, project / "data/ingest/manifest.parquet")
+    figures = check(params, put(draw_table(NUM_RECENT, 11)))
+    (project / "data/ingest/manifest.parquet").unlink()
+    assert figures["num_reference_groups"] == 1  # the stored reference has one image_id for all
 
 
 @pytest.mark.parametrize(
@@ -277,7 +292,7 @@ def test_the_command_ends_with_one_sentence_where_it_cannot_compare(project):
 
 def build_report(params, **comparisons):
     images = Images(draw_table(2, 0), None)
-    judgement = DriftJudgement(1234, 567, comparisons)
+    judgement = DriftJudgement(1234, 567, 1234, 567, comparisons)
     return Report("pets-detector/1", params, images, images, 0, 0, params.drift, judgement)
 
 

@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from jaxtyping import Int64
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from loupe.config import Drift, Params
 from loupe.data.images import open_image
+from loupe.data.manifest import load_table
 from loupe.data.sources import name_source
 from loupe.errors import DataError, TrackingError
 from loupe.evaluation.drift import (
@@ -28,7 +30,7 @@ from loupe.reporting.charts import ScoreChart, build_score_chart
 from loupe.reporting.page import embed_picture, render_page, save_page
 from loupe.scoring import Request, list_source, score_images
 from loupe.stages.entry import save_json
-from loupe.stages.files import LISTING, REFERENCE, REPORTS, load_data_set
+from loupe.stages.files import LISTING, MANIFEST, REFERENCE, REPORTS, load_data_set
 from loupe.tracking.loading import MlflowClient, ModelVersion, find_folder, find_named
 from loupe.tracking.runs import connect, log_results, start_run
 
@@ -44,7 +46,8 @@ COMMAND = "`loupe score IMAGES --embeddings --out scores.parquet`"
 class Images:
     """Images to compare, a row each: `path`, `embedding` and, of a detector, `anomaly_score`.
 
-    `folder` is where the paths start, None where it is not known.
+    Those that share a value of `group`, if there is that column, are not independent of each other. `folder` is where
+    the paths start, None where it is not known.
     """
 
     rows: pd.DataFrame
@@ -54,7 +57,20 @@ class Images:
     def sample(self) -> Sample:
         """What the tests look at."""
         scores = self.rows["anomaly_score"].to_numpy(np.float64) if "anomaly_score" in self.rows else None
-        return Sample(np.stack(list(self.rows["embedding"])), scores)
+        return Sample(np.stack(list(self.rows["embedding"])), scores, _number_groups(self.rows))
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether it is known of any image which others it belongs to."""
+        return "group" in self.rows and bool(self.rows["group"].notna().any())
+
+
+def _number_groups(rows: pd.DataFrame) -> Int64[np.ndarray, " num_images"] | None:
+    """An image without a group is one of its own."""
+    if "group" not in rows:
+        return None
+    names = [str(name) if pd.notna(name) else row for row, name in enumerate(rows["group"])]
+    return np.asarray(pd.factorize(pd.Series(names, dtype=object))[0], np.int64)
 
 
 @dataclass(frozen=True)
@@ -93,7 +109,7 @@ def check_drift(params: Params, source: Path, model: str, images: Path | None) -
     _check_origin(table, name, source)
     readable = table[table["embedding"].notna()]
     recent = Images(_draw(readable, params), folder)
-    reference = Images(_draw(pd.read_parquet(find_reference(version)), params), _find_data())
+    reference = Images(_draw(_load_reference(version), params), _find_data())
     _check_embeddings(recent, reference, source, name)
     report = Report(
         model=name,
@@ -157,6 +173,15 @@ def find_reference(version: ModelVersion) -> Path:
     return path
 
 
+def _load_reference(version: ModelVersion) -> pd.DataFrame:
+    """With the groups that the present data set gives its images, where the table has none of its own."""
+    rows = pd.read_parquet(find_reference(version))
+    if "group" in rows or not MANIFEST.exists():
+        return rows
+    groups = load_table(MANIFEST).drop_duplicates("image_id").set_index("image_id")["group"]
+    return rows.assign(group=rows["image_id"].map(groups))
+
+
 def _find_data() -> Path | None:
     """Where the paths of the reference start: the present data set's folder."""
     return Path(load_data_set().source) if LISTING.exists() else None
@@ -203,6 +228,8 @@ def flatten_report(report: Report) -> dict[str, Any]:
         "source": str(report.source),
         "num_recent": judgement.num_recent,
         "num_reference": judgement.num_reference,
+        "num_recent_groups": judgement.num_recent_groups,
+        "num_reference_groups": judgement.num_reference_groups,
         "num_left_out": report.num_left_out,
         "num_unreadable": report.num_unreadable,
         "false_alarm_rate": report.rules.false_alarm_rate,
@@ -223,8 +250,9 @@ def describe_verdict(report: Report) -> str:
     judgement = report.judgement
     if not judgement.is_decided:
         return (
-            f"Too few images to say: there are {judgement.num_recent:,} recent and {judgement.num_reference:,} "
-            f"reference images, and it takes {report.rules.min_images} of each."
+            f"Too few images to say: there are {judgement.num_recent_groups:,} recent and "
+            f"{judgement.num_reference_groups:,} reference ones that are independent of each other, and it takes "
+            f"{report.rules.min_images} of each."
         )
     describe = {EMBEDDING: _describe_embeddings, SCORE: _describe_scores}
     said = [f"{describe[name](one)} (p = {one.p_value:.3g})" for name, one in judgement.comparisons.items()]
@@ -250,7 +278,7 @@ def _describe_scores(one: Comparison) -> str:
 def render_report(report: Report) -> str:
     """The page."""
     judgement, rules = report.judgement, report.rules
-    counts = (judgement.num_reference, judgement.num_recent)
+    counts = (judgement.num_reference_groups, judgement.num_recent_groups)
     rate = rules.false_alarm_rate / max(1, len(judgement.comparisons))
     return render_page(
         "drift.html.jinja",
@@ -259,6 +287,7 @@ def render_report(report: Report) -> str:
             "verdict": describe_verdict(report),
             "mark": "ok" if judgement.is_decided and not judgement.is_drifted else "warning",
             "names": NAMES,
+            "has_groups": report.recent.has_groups or report.reference.has_groups,
             "moved": _list_moved(report) if judgement.is_decided else [],
             "charts": _build_charts(report) if judgement.is_decided else [],
             "smallest_effect": compute_smallest_effect(*counts, rate) if judgement.is_decided else None,

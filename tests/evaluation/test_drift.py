@@ -58,9 +58,9 @@ def false_alarms():
     is_recent, found = name_recent(30, 22), {EMBEDDING: [], SCORE: []}
     for seed in range(200):
         generator = np.random.default_rng([7, seed])
-        deals = deal(is_recent, 99, seed)
+        deals = deal(is_recent, np.arange(len(is_recent)), 99, seed)
         kernel = build_kernel(pairwise_distances(generator.standard_t(2, (len(is_recent), 6))))
-        found[EMBEDDING].append(compute_p_value(compute_separation(kernel, deals)))
+        found[EMBEDDING].append(compute_p_value(compute_separation(kernel, deals, np.arange(len(kernel)))))
         scores = generator.gamma(2, 1, len(is_recent)).round(1)
         found[SCORE].append(compute_p_value(compute_anderson_darling(scores, deals)))
     return {name: np.array(values) for name, values in found.items()}
@@ -89,7 +89,7 @@ def test_both_tests_together_raise_false_alarms_at_the_stated_rate(false_alarms,
 @settings(max_examples=60, deadline=None)
 def test_the_statistic_of_scores_is_scholz_and_stephens(scores, num_recent, seed):
     scores, is_recent = np.array(scores, float), name_recent(len(scores) - num_recent, num_recent)
-    deals = deal(is_recent, 4, seed)
+    deals = deal(is_recent, np.arange(len(is_recent)), 4, seed)
     for is_chosen, found in zip(deals, compute_anderson_darling(scores, deals), strict=True):
         slow = 0.0
         for sample in (scores[is_chosen], scores[~is_chosen]):
@@ -98,6 +98,43 @@ def test_the_statistic_of_scores_is_scholz_and_stephens(scores, num_recent, seed
                 gap = (len(scores) * own - len(sample) * below) ** 2 / (below * (len(scores) - below))
                 slow += (scores == value).sum() * gap / len(sample) / len(scores)
         assert found == pytest.approx(slow, abs=1e-9)
+
+
+def draw_parts(num_parts, seed):
+    """Four photos of each part, which are alike, and their groups."""
+    generator, groups = np.random.default_rng(seed), np.repeat(np.arange(num_parts), 4)
+    embeddings = generator.normal(0, 1, (num_parts, 5))[groups] + generator.normal(0, 0.3, (4 * num_parts, 5))
+    return Sample(embeddings, embeddings[:, 0], groups)
+
+
+def test_several_images_of_a_part_are_dealt_together_and_raise_no_more_false_alarms():
+    """The same images raise them nearly always where each is taken for one of its own."""
+    is_recent, groups, found = name_recent(4 * 14, 4 * 10), np.repeat(np.arange(24), 4), {"known": [], "not known": []}
+    for seed in range(100):
+        kernel = build_kernel(pairwise_distances(draw_parts(24, [11, seed]).embeddings))
+        for name, used in (("known", groups), ("not known", np.arange(96))):
+            deals = deal(is_recent, used, 99, seed)
+            found[name].append(compute_p_value(compute_separation(kernel, deals, used)) <= 0.1)
+    assert binom.ppf(0.001, 100, 0.1) <= sum(found["known"]) <= binom.ppf(0.999, 100, 0.1)
+    assert sum(found["not known"]) > 80
+
+
+def test_groups_have_one_name_a_deal_and_one_fold():
+    is_recent, groups = name_recent(40, 40), np.repeat(np.arange(20), 4)
+    for one in deal(is_recent, groups, 50, 0):
+        assert (one.reshape(20, 4).all(axis=1) == one.reshape(20, 4).any(axis=1)).all()
+        assert one.sum() == 40
+    for fold in divide_into_folds(is_recent, groups, 0):
+        assert all(np.isin(np.flatnonzero(groups == group), fold).all() for group in groups[fold])
+
+
+def test_a_shift_of_parts_is_found_by_their_groups():
+    reference, recent = draw_parts(20, 0), draw_parts(15, 1)
+    moved = Sample(recent.embeddings + 1.5, recent.scores, recent.groups)
+    judgement = judge_drift(reference, moved, RULES.model_copy(update={"min_images": 15}), 0)
+    assert judgement.comparisons[EMBEDDING].is_drifted
+    assert (judgement.num_reference_groups, judgement.num_recent_groups) == (20, 15)
+    assert not judge_drift(reference, moved, RULES, 0).is_decided  # 60 images of 15 parts are 15
 
 
 @pytest.mark.filterwarnings("ignore:p-value (capped|floored)")
@@ -114,7 +151,10 @@ def test_the_statistic_of_scores_ranks_samples_as_scipy_does():
 
 def test_the_statistic_of_embeddings_is_that_of_the_regularised_kernel():
     generator, is_recent = np.random.default_rng(1), name_recent(9, 6)
-    kernel, deals = build_kernel(pairwise_distances(generator.normal(size=(15, 3)))), deal(name_recent(9, 6), 5, 0)
+    kernel, deals = (
+        build_kernel(pairwise_distances(generator.normal(size=(15, 3)))),
+        deal(name_recent(9, 6), np.arange(15), 5, 0),
+    )
     centring = np.eye(15) - 1 / 15
     values, vectors = np.linalg.eigh(centring @ kernel @ centring)
     hat = vectors @ np.diag(values / (values + 1)) @ vectors.T
@@ -122,17 +162,17 @@ def test_the_statistic_of_embeddings_is_that_of_the_regularised_kernel():
     for is_chosen in deals:
         target = is_chosen - is_recent.mean()
         slow.append(sum(hat[i, j] * target[i] * target[j] for i in range(15) for j in range(15) if i != j))
-    assert compute_separation(kernel, deals) == pytest.approx(np.array(slow), abs=1e-9)
+    assert compute_separation(kernel, deals, np.arange(len(kernel))) == pytest.approx(np.array(slow), abs=1e-9)
 
 
 def test_deals_keep_the_numbers_and_begin_with_the_real_one():
     is_recent = name_recent(12, 5)
-    deals = deal(is_recent, 200, 3)
+    deals = deal(is_recent, np.arange(len(is_recent)), 200, 3)
     assert (deals[0] == is_recent).all()
     assert set(deals.sum(axis=1)) == {5}
     assert len(np.unique(deals, axis=0)) > 150
     assert abs(deals[1:].mean(axis=0) - 5 / 17).max() < 0.15
-    assert (deals == deal(is_recent, 200, 3)).all()
+    assert (deals == deal(is_recent, np.arange(len(is_recent)), 200, 3)).all()
 
 
 def test_a_p_value_counts_the_real_deal_and_ties_of_rounding():
@@ -161,7 +201,7 @@ def test_the_witness_never_saw_what_it_judges(shift):
     reference, recent = draw_normal(60, 4, 0).embeddings, draw_normal(45, 4, 1, shift).embeddings
     is_recent = name_recent(60, 45)
     kernel = build_kernel(pairwise_distances(np.concatenate([reference, recent]).astype(float)))
-    folds = divide_into_folds(is_recent, 0)
+    folds = divide_into_folds(is_recent, np.arange(len(is_recent)), 0)
     witness = compute_witness(kernel, is_recent, folds)
     targets = is_recent - is_recent.mean()
     for fold in folds:
@@ -170,7 +210,7 @@ def test_the_witness_never_saw_what_it_judges(shift):
         assert witness[fold] == pytest.approx(kernel[np.ix_(fold, others)] @ weights, abs=1e-9)
         assert abs(is_recent[fold].mean() - is_recent.mean()) < 0.1
     assert sorted(np.concatenate(folds)) == list(range(105))
-    effect = compute_effect(is_recent, witness, folds, 0)[0]
+    effect = compute_effect(is_recent, witness, np.arange(len(is_recent)), folds, 0)[0]
     assert effect > 0.7 if shift else 0.35 < effect < 0.65
 
 
@@ -178,7 +218,7 @@ def test_without_drift_the_effect_of_embeddings_is_chance_on_average():
     effects = []
     for seed in range(40):
         sample, is_recent = draw_normal(60, 5, [3, seed]).embeddings, name_recent(35, 25)
-        folds = divide_into_folds(is_recent, seed)
+        folds = divide_into_folds(is_recent, np.arange(len(is_recent)), seed)
         witness = compute_witness(build_kernel(pairwise_distances(sample.astype(float))), is_recent, folds)
         effects.append(np.mean([roc_auc_score(is_recent[fold], witness[fold]) for fold in folds]))
     assert np.mean(effects) == pytest.approx(0.5, abs=4 * np.std(effects) / 40**0.5)
@@ -187,7 +227,7 @@ def test_without_drift_the_effect_of_embeddings_is_chance_on_average():
 def test_the_effect_of_scores_is_the_part_of_pairs_and_lies_in_its_interval():
     generator, is_recent = np.random.default_rng(2), name_recent(40, 30)
     scores = (generator.normal(size=70) + 0.5 * is_recent).round(1)
-    effect, interval = compute_effect(is_recent, scores, [np.arange(70)], 0)
+    effect, interval = compute_effect(is_recent, scores, np.arange(len(is_recent)), [np.arange(70)], 0)
     assert effect == pytest.approx(mannwhitneyu(scores[is_recent], scores[~is_recent]).statistic / (40 * 30))
     assert interval.low < effect < interval.high
     assert 0.1 < interval.high - interval.low < 0.4
@@ -198,7 +238,7 @@ def test_intervals_cover_the_true_effect():
     is_recent, covered = name_recent(60, 40), 0
     for seed in range(60):
         scores = np.random.default_rng([5, seed]).normal(size=100) + is_recent
-        interval = compute_effect(is_recent, scores, [np.arange(100)], seed)[1]
+        interval = compute_effect(is_recent, scores, np.arange(len(is_recent)), [np.arange(100)], seed)[1]
         covered += interval.low <= 0.7602 <= interval.high
     assert binom.ppf(0.001, 60, 0.93) <= covered
 

@@ -3,6 +3,9 @@
 If both kinds of image come from one distribution, which of them are called recent is chance. So each statistic is set
 against the same one after the names were dealt anew: no assumption is needed but that images are independent of each
 other, and all that is made of the images beforehand (bandwidth, ranks) is made of both kinds together.
+
+Images of one part, or of one moment, are not independent: any two parts differ, and the more photos there are of each,
+the surer a test would be that something changed. Such images are a group, and groups are dealt whole.
 """
 
 import math
@@ -14,7 +17,7 @@ from jaxtyping import Bool, Float, Int64
 from scipy.stats import norm
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.metrics import pairwise_distances
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.preprocessing import KernelCenterer
 
 from loupe.config import Drift
@@ -36,14 +39,24 @@ Kinds = Bool[np.ndarray, " num_images"]
 Deals = Bool[np.ndarray, "num_deals num_images"]
 Square = Float[np.ndarray, "num_images num_images"]
 Folds = Sequence[Int64[np.ndarray, " _fold_images"]]
+Groups = Int64[np.ndarray, " num_images"]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Images of one kind; raw `scores` of a detector, higher is more anomalous, None where there is none."""
+    """Images of one kind; raw `scores` of a detector, higher is more anomalous, None where there is none.
+
+    `groups` count from 0 without gaps; None where each image is one of its own.
+    """
 
     embeddings: Embeddings
     scores: Scores | None = None
+    groups: Groups | None = None
+
+    @property
+    def num_groups(self) -> int:
+        """How many are independent of each other."""
+        return len(self.embeddings) if self.groups is None else len(np.unique(self.groups))
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,8 @@ class DriftJudgement:
 
     num_reference: int
     num_recent: int
+    num_reference_groups: int
+    num_recent_groups: int
     comparisons: Mapping[str, Comparison] = field(default_factory=dict)
     witness: Scores = field(default_factory=lambda: np.empty(0))
     nearest: Int64[np.ndarray, " num_recent"] = field(default_factory=lambda: np.empty(0, np.int64))
@@ -110,32 +125,39 @@ def judge_drift(reference: Sample, recent: Sample, rules: Drift, seed: int) -> D
     Args:
         seed: of permutations, folds and intervals.
     """
-    num_reference, num_recent = len(reference.embeddings), len(recent.embeddings)
-    if min(num_reference, num_recent) < rules.min_images:
-        return DriftJudgement(num_reference, num_recent)
-    is_recent = np.arange(num_reference + num_recent) >= num_reference
-    deals = deal(is_recent, rules.num_permutations, seed)
+    counts = (len(reference.embeddings), len(recent.embeddings), reference.num_groups, recent.num_groups)
+    if min(counts) < rules.min_images:
+        return DriftJudgement(*counts)
+    is_recent, groups = np.arange(counts[0] + counts[1]) >= counts[0], _join_groups(reference, recent)
+    deals = deal(is_recent, groups, rules.num_permutations, seed)
     distances = pairwise_distances(np.concatenate([reference.embeddings, recent.embeddings]).astype(np.float64))
     kernel = build_kernel(distances)
-    folds = divide_into_folds(is_recent, seed)
+    folds = divide_into_folds(is_recent, groups, seed)
     witness = compute_witness(kernel, is_recent, folds)
-    p_values = {EMBEDDING: compute_p_value(compute_separation(kernel, deals))}
-    effects = {EMBEDDING: compute_effect(is_recent, witness, folds, seed)}
+    p_values = {EMBEDDING: compute_p_value(compute_separation(kernel, deals, groups))}
+    effects = {EMBEDDING: compute_effect(is_recent, witness, groups, folds, seed)}
     if reference.scores is not None and recent.scores is not None:
         scores = np.concatenate([reference.scores, recent.scores])
         p_values[SCORE] = compute_p_value(compute_anderson_darling(scores, deals))
-        effects[SCORE] = compute_effect(is_recent, scores, [np.arange(len(scores))], seed)
+        effects[SCORE] = compute_effect(is_recent, scores, groups, [np.arange(len(scores))], seed)
     found = reject(p_values, rules.false_alarm_rate)
     comparisons = {name: Comparison(p_values[name], *effects[name], name in found) for name in p_values}
-    nearest = distances[num_reference:, :num_reference].argmin(axis=1)
-    return DriftJudgement(num_reference, num_recent, comparisons, witness, nearest)
+    nearest = distances[counts[0] :, : counts[0]].argmin(axis=1)
+    return DriftJudgement(*counts, comparisons, witness, nearest)
 
 
-def deal(is_recent: Kinds, num_permutations: int, seed: int) -> Deals:
-    """The names as they are in the first row, and then dealt anew."""
-    dealt = np.tile(is_recent, (num_permutations + 1, 1))
+def _join_groups(reference: Sample, recent: Sample) -> Groups:
+    """Those of both kinds, the reference first."""
+    parts = [np.arange(len(one.embeddings)) if one.groups is None else one.groups for one in (reference, recent)]
+    return np.concatenate([parts[0], parts[1] + reference.num_groups])
+
+
+def deal(is_recent: Kinds, groups: Groups, num_permutations: int, seed: int) -> Deals:
+    """The names as they are in the first row, and then dealt anew; all images of a group have one name."""
+    dealt = np.zeros((num_permutations + 1, int(groups.max()) + 1), bool)
+    dealt[:, groups[is_recent]] = True
     np.random.default_rng(seed).permuted(dealt[1:], axis=1, out=dealt[1:])
-    return dealt
+    return dealt[:, groups]
 
 
 def compute_p_value(statistics: Float[np.ndarray, " num_deals"]) -> float:
@@ -168,17 +190,17 @@ def build_kernel(distances: Square) -> Square:
     return np.asarray(np.exp(-((distances / width) ** 2) / 2))
 
 
-def compute_separation(kernel: Square, deals: Deals) -> Float[np.ndarray, " num_deals"]:
+def compute_separation(kernel: Square, deals: Deals, groups: Groups) -> Float[np.ndarray, " num_deals"]:
     """How well a kernel ridge regression can tell the two kinds of each deal apart; higher is better.
 
     It is the maximum mean discrepancy (Gretton et al., "A kernel two-sample test", 2012) with a spectrally
     regularised kernel (Hagrass et al., 2022, arXiv:2212.09201), which does not let a few directions drown the others.
-    Like the unbiased estimate, it leaves out what each image has to do with itself.
+    Like the unbiased estimate, it leaves out what each image has to do with itself, and with others of its group.
     """
     num_images = len(kernel)
     centred = KernelCenterer().fit_transform(kernel)
     hat = np.eye(num_images) - RIDGE * np.linalg.inv(centred + RIDGE * np.eye(num_images))
-    np.fill_diagonal(hat, 0)
+    hat[groups[:, None] == groups] = 0
     targets = deals - deals.mean(axis=1, keepdims=True)
     return np.asarray(((targets @ hat) * targets).sum(axis=1))
 
@@ -197,9 +219,10 @@ def compute_anderson_darling(scores: Scores, deals: Deals) -> Float[np.ndarray, 
     return np.asarray(gaps @ ties[:-1] / (num_recent * (len(scores) - num_recent)))
 
 
-def divide_into_folds(is_recent: Kinds, seed: int) -> Folds:
-    """Positions of images, so that each fold has its part of both kinds."""
-    folds = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=seed).split(is_recent, is_recent)
+def divide_into_folds(is_recent: Kinds, groups: Groups, seed: int) -> Folds:
+    """Positions of images, so that each fold has its part of both kinds, and groups stay whole."""
+    divider = StratifiedGroupKFold(NUM_FOLDS, shuffle=True, random_state=seed)
+    folds = divider.split(is_recent, is_recent, groups)
     return [held_out for _, held_out in folds]
 
 
@@ -212,22 +235,23 @@ def compute_witness(kernel: Square, is_recent: Kinds, folds: Folds) -> Scores:
     return np.asarray(said.round(WITNESS_DIGITS))
 
 
-def compute_effect(is_recent: Kinds, values: Scores, folds: Folds, seed: int) -> tuple[float, Interval]:
+def compute_effect(is_recent: Kinds, values: Scores, groups: Groups, folds: Folds, seed: int) -> tuple[float, Interval]:
     """The chance that a recent image has the higher value, ties counting half: the mean over folds, and its interval.
 
     Images are compared within a fold alone, where one function has judged both; the interval is for other images under
-    the same functions.
+    the same functions, and resamples whole groups.
     """
+    folds = [fold for fold in folds if 0 < is_recent[fold].sum() < len(fold)]  # few large groups may leave one empty
 
-    def resample(weights: Float[np.ndarray, "num_resamples num_images"]) -> Mapping[str, np.ndarray]:
+    def resample(weights: Float[np.ndarray, "num_resamples num_groups"]) -> Mapping[str, np.ndarray]:
         parts = [
-            compute_resampled_metrics(is_recent[fold], values[fold], 0.0, weights[:, fold])["image_auroc"]
+            compute_resampled_metrics(is_recent[fold], values[fold], 0.0, weights[:, groups[fold]])["image_auroc"]
             for fold in folds
         ]
         return {"effect": np.mean(parts, axis=0)}
 
     effect = float(np.mean([compute_image_auroc(is_recent[fold], values[fold]) for fold in folds]))
-    return effect, compute_intervals(resample, len(values), seed)["effect"]
+    return effect, compute_intervals(resample, int(groups.max()) + 1, seed)["effect"]
 
 
 def compute_smallest_effect(num_reference: int, num_recent: int, rate: float) -> float:
@@ -237,6 +261,7 @@ def compute_smallest_effect(num_reference: int, num_recent: int, rate: float) ->
     determination for some common nonparametric tests", 1987.
 
     Args:
+        num_reference: independent images or groups, as `num_recent`.
         rate: of false alarms of one test, in (0, 1).
     """
     deviation = math.sqrt((num_reference + num_recent + 1) / (12 * num_reference * num_recent))
