@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 export DVC_NO_ANALYTICS := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test browser check bench bench-data bench-classifier ui serve-pipelines drill environment lock
+.PHONY: run test browser check bench bench-data bench-classifier bench-detectors ui serve-pipelines drill environment lock
 
 environment: $(STAMP)
 
@@ -27,13 +27,17 @@ check: $(STAMP)
 	mypy
 	lint-imports
 
-bench: bench-data bench-classifier
+bench: bench-data bench-classifier bench-detectors
 
 bench-data: $(STAMP)
 	python benchmarks/data.py
 
 bench-classifier: $(STAMP)
 	python benchmarks/classifier.py
+
+# TILE=/path/to/magnetic_tile measures that data set too.
+bench-detectors: $(STAMP)
+	python benchmarks/detectors.py $(if $(TILE),--tile '$(TILE)')
 
 # Promotion, what it keeps out, and rollback, with real trainings in a folder of its own; nothing here is touched.
 drill: $(STAMP)

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -26,6 +27,8 @@ PARAMS = Path("params.yaml")
 LOOPBACK = "127.0.0.1"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+bench = typer.Typer(no_args_is_help=True, help="Compare what there is to choose from on one data set.")
+app.add_typer(bench, name="bench")
 
 
 @app.command()
@@ -169,6 +172,34 @@ def ladder() -> None:
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     climb_ladder(load_params(PARAMS))
+
+
+@bench.command()
+def detectors(
+    data: Annotated[
+        Path | None, typer.Argument(help="A folder of images, instead of ingest.source of params.yaml.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Of division and fit, such as 0,1,2.")] = "0,1,2",
+    models: Annotated[str, typer.Option(help="Some of the detectors, such as padim,vae; all, if left out.")] = "",
+) -> None:
+    """Fit and test every detector over seeds, and compare them; the working copy stays as it is."""
+    from loupe.detector_bench import NAMES, bench_detectors  # mlflow and DVC take seconds
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    names = _parse_list(models) or NAMES
+    numbers = [_parse_seed(seed) for seed in _parse_list(seeds)]
+    bench_detectors(load_params(PARAMS), None if data is None else data.expanduser(), names, numbers)
+
+
+def _parse_list(text: str) -> list[str]:
+    """What commas or spaces divide."""
+    return re.findall(r"[^,\s]+", text)
+
+
+def _parse_seed(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise ConfigError(f"--seeds takes whole numbers from 0 on, such as 0,1,2; got {text!r}")
+    return int(text)
 
 
 @app.command()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
 from dvc.exceptions import DvcException
@@ -15,8 +16,11 @@ from dvc.repo.experiments.refs import ExpRefInfo
 
 from loupe.commands import run_command
 from loupe.config import Params
-from loupe.errors import PipelineError
+from loupe.errors import PipelineError, TrackingError
 from loupe.stages.files import BUILT_IN, HISTORY, LISTING, MODELS, REPORTS, RUN, SKIPPED, DataSet
+from loupe.tracking.runs import connect
+
+MLFLOW_PAGE = "http://127.0.0.1:5000"  # where `make ui` opens it
 
 # What DVC says of its own files, and to somebody who runs one experiment by hand.
 ASIDES = (
@@ -38,12 +42,25 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Result:
-    """What an experiment left: test figures under flat names, a row an epoch, the MLflow run, and the data set."""
+    """What an experiment left: test figures under flat names, a row an epoch, the MLflow run, data set and model."""
 
     figures: dict[str, float]
     history: pd.DataFrame
     run_id: str
     data_set: DataSet
+    model_uri: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """MLflow runs that belong together: the experiment that has them, MLflow's page with them, and their seconds.
+
+    The seconds are by the name of the run, from its start to its end, with logging the model.
+    """
+
+    mlflow_id: str
+    address: str
+    seconds: dict[str, float]
 
 
 def run_experiments(
@@ -59,17 +76,32 @@ def run_experiments(
     Raises:
         PipelineError: if one fails, with its name and its stage's sentence; those after it are not run.
     """
-    _check_cache()
     results = []
+    for experiment, outcome in zip(experiments, try_experiments(experiments, task, params, tell), strict=True):
+        if isinstance(outcome, PipelineError):
+            raise PipelineError(f"{experiment.name}: {outcome}") from outcome
+        results.append(outcome)
+    return results
+
+
+def try_experiments(
+    experiments: Sequence[Experiment], task: str, params: Params, tell: Callable[[str], None]
+) -> Iterator[Result | PipelineError]:
+    """The same, but one that fails gives the error with its stage's sentence, and those after it are run.
+
+    Raises:
+        PipelineError: if none can be run at all.
+    """
+    _check_cache()
     for number, experiment in enumerate(experiments, 1):
         tell(f"experiment {number} of {len(experiments)}: {experiment.name}")
         try:
             for line in _run(experiment, task, params):
                 tell(line)
-            results.append(_load_result(experiment.name, task))
+            outcome: Result | PipelineError = _load_result(experiment.name, task)
         except PipelineError as error:
-            raise PipelineError(f"{experiment.name}: {error}") from error
-    return results
+            outcome = error
+        yield outcome
 
 
 def _check_cache() -> None:
@@ -113,11 +145,13 @@ def _load_result(name: str, task: str) -> Result:
         if repo.dvcfs.exists((model / SKIPPED).as_posix()):
             reason = json.loads(read((model / SKIPPED).as_posix()))["reason"]
             raise PipelineError(f"this data trains no {task}: {reason}")
+        run = json.loads(read((model / RUN).as_posix()))
         return Result(
             figures=json.loads(read((REPORTS / "metrics" / f"{task}.json").as_posix())),
             history=pd.read_csv(StringIO(read((model / HISTORY).as_posix()))),
-            run_id=json.loads(read((model / RUN).as_posix()))["run_id"],
+            run_id=run["run_id"],
             data_set=DataSet(**json.loads(read(LISTING.as_posix()))),
+            model_uri=run["model_uri"],
         )
 
 
@@ -134,3 +168,49 @@ def _open_repo(revision: str | None = None) -> Iterator[Repo]:
             yield repo
     except DvcException as error:
         raise PipelineError(f"DVC: {error}") from error
+
+
+def name_runs(results: Mapping[str, Result], tag: str) -> Comparison:
+    """Name the MLflow runs of one data set, and tag them by their names, so that they are told apart side by side.
+
+    Raises:
+        TrackingError: if the store does not hold a run.
+    """
+    data_set = next(iter(results.values())).data_set
+    client = connect(data_set.name)
+    known = client.get_experiment_by_name(data_set.name)
+    assert known is not None  # connecting makes it
+    asked = ", ".join(f"'{result.run_id}'" for result in results.values())
+    found = client.search_runs([known.experiment_id], f"attributes.run_id IN ({asked})")
+    infos = {run.info.run_id: run.info for run in found}
+    lacking = [name for name, result in results.items() if result.run_id not in infos]
+    if lacking:
+        raise TrackingError(
+            f"{client.tracking_uri} does not hold the runs of {', '.join(lacking)}, whose results DVC's cache has: "
+            "set MLFLOW_TRACKING_URI to the store that does, or change `seed`, so that they are trained anew"
+        )
+    seconds = {}
+    for name, result in results.items():
+        client.set_tag(result.run_id, tag, name)
+        client.update_run(result.run_id, name=name)
+        info = infos[result.run_id]
+        seconds[name] = (info.end_time - info.start_time) / 1000
+    run_ids = [result.run_id for result in results.values()]
+    return Comparison(known.experiment_id, build_address(known.experiment_id, run_ids), seconds)
+
+
+def build_address(mlflow_id: str, run_ids: Sequence[str]) -> str:
+    """MLflow's page with the runs of an experiment side by side."""
+    runs = quote(json.dumps(list(run_ids), separators=(",", ":")))
+    return f"{MLFLOW_PAGE}/#/compare-runs?runs={runs}&experiments={quote(json.dumps([mlflow_id]))}"
+
+
+def locate_weights(weights: str) -> str:
+    """A file by its whole path, as an experiment runs in another folder; what is no file as it is."""
+    return Path(weights).resolve().as_posix() if weights.endswith(".safetensors") else weights
+
+
+def write_time(seconds: float) -> str:
+    """Minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"

@@ -1,25 +1,29 @@
 """The recipes on one data set, from random weights to a fine-tuned network: a table, a page, MLflow's runs."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from loupe.config import Params, TrainClassifier
-from loupe.errors import TrackingError
 from loupe.evaluation.pictures import find_best_epoch
-from loupe.experiments import Experiment, Result, run_experiments
+from loupe.experiments import (
+    MLFLOW_PAGE,
+    Experiment,
+    Result,
+    build_address,
+    locate_weights,
+    name_runs,
+    run_experiments,
+    write_time,
+)
 from loupe.reporting.charts import Measured, build_interval_chart
 from loupe.reporting.page import render_page, save_page
 from loupe.stages.entry import save_json
 from loupe.stages.files import REPORTS, DataSet
-from loupe.tracking.runs import connect
 
 TASK = "classifier"
 TRAINS = {
@@ -32,7 +36,6 @@ TRAINS = {
 COURSE = {"scratch": 0.70, "scratch_augmented": 0.82, "features": 0.90, "features_augmented": 0.96, "fine_tuned": 0.97}
 COURSE_SOURCE = "Chollet, Deep Learning with Python, chapter 5: 2,000 cats and dogs to train on"
 FIGURES, PAGE = REPORTS / "ladder.json", REPORTS / "ladder.html"
-MLFLOW_PAGE = "http://127.0.0.1:5000"  # where `make ui` opens it
 TAG = "ladder"
 NO_CHOICE = (
     "Nothing was chosen by the test figures: each recipe keeps its best epoch by val, and val is what to choose by."
@@ -67,8 +70,7 @@ class Ladder:
     @property
     def address(self) -> str:
         """MLflow's page with the runs side by side."""
-        runs = quote(json.dumps([step.run_id for step in self.steps], separators=(",", ":")))
-        return f"{MLFLOW_PAGE}/#/compare-runs?runs={runs}&experiments={quote(json.dumps([self.mlflow_id]))}"
+        return build_address(self.mlflow_id, [step.run_id for step in self.steps])
 
 
 def climb_ladder(params: Params) -> None:
@@ -90,9 +92,7 @@ def climb_ladder(params: Params) -> None:
 def build_experiment(recipe: str, section: TrainClassifier) -> Experiment:
     """Pretrained weights are those of params.yaml, if there are any."""
     weights = "auto" if recipe.startswith("scratch") or section.weights == "none" else section.weights
-    if weights.endswith(".safetensors"):
-        weights = Path(weights).resolve().as_posix()  # an experiment runs in another folder
-    changes = {"train_classifier.recipe": recipe, "train_classifier.weights": weights}
+    changes = {"train_classifier.recipe": recipe, "train_classifier.weights": locate_weights(weights)}
     return Experiment(f"ladder-{recipe}", changes)
 
 
@@ -105,30 +105,9 @@ def record_ladder(backbone: str, results: Mapping[str, Result]) -> Ladder:
     Raises:
         TrackingError: if the store does not hold a run.
     """
-    data_set = next(iter(results.values())).data_set
-    client = connect(data_set.name)
-    known = client.get_experiment_by_name(data_set.name)
-    assert known is not None  # connecting makes it
-    runs = {run.info.run_id: run for run in client.search_runs([known.experiment_id], _name_runs(results))}
-    lacking = [recipe for recipe, result in results.items() if result.run_id not in runs]
-    if lacking:
-        raise TrackingError(
-            f"{client.tracking_uri} does not hold the runs of {', '.join(lacking)}, whose results DVC's cache has: "
-            "set MLFLOW_TRACKING_URI to the store that does, or change `seed`, so that they are trained anew"
-        )
-    steps = []
-    for recipe, result in results.items():
-        client.set_tag(result.run_id, TAG, recipe)
-        client.update_run(result.run_id, name=recipe)
-        info = runs[result.run_id].info
-        steps.append(_build_step(recipe, result, (info.end_time - info.start_time) / 1000))
-    return Ladder(data_set, backbone, steps, known.experiment_id)
-
-
-def _name_runs(results: Mapping[str, Result]) -> str:
-    """In the words that MLflow searches by."""
-    run_ids = ", ".join(f"'{result.run_id}'" for result in results.values())
-    return f"attributes.run_id IN ({run_ids})"
+    comparison = name_runs(results, TAG)
+    steps = [_build_step(recipe, result, comparison.seconds[recipe]) for recipe, result in results.items()]
+    return Ladder(next(iter(results.values())).data_set, backbone, steps, comparison.mlflow_id)
 
 
 def _build_step(recipe: str, result: Result, training_seconds: float) -> Step:
@@ -198,12 +177,6 @@ def _describe_ends(ladder: Ladder) -> str:
         f"{NO_CHOICE}\nIn the course: {course} ({COURSE_SOURCE}).\n"
         f"page: {PAGE} · figures: {FIGURES}\nside by side in MLflow: make ui, then {ladder.address}"
     )
-
-
-def write_time(seconds: float) -> str:
-    """Minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
 
 
 def render_ladder(ladder: Ladder) -> str:
