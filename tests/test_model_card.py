@@ -8,18 +8,19 @@ import pytest
 from markdown_it import MarkdownIt
 
 from loupe.data.manifest import save_table
+from loupe.errors import DataError
 from loupe.model_card import (
     MOST_LABELS,
     Figure,
     ModelCard,
-    attach_model_card,
+    attach_model_cards,
     build_model_card,
     describe_limits,
     escape_markdown,
     list_figures,
 )
 from loupe.stages.entry import save_json
-from loupe.stages.files import CALIBRATION, LISTING, MANIFEST, MODELS, PREPARED, REPORTS, VALIDATION
+from loupe.stages.files import CALIBRATION, LISTING, MANIFEST, MODELS, PREPARED, REPORTS, RUN, VALIDATION
 from loupe.tracking.audit import Entry, append_entry, create_model
 from loupe.tracking.records import CARD
 from loupe.tracking.runs import connect, log_results, start_run
@@ -85,7 +86,7 @@ def test_every_part_is_there_and_tables_are_tables():
         ["crack", "0", "0", "0", "7"],
         ["fray", "0", "0", "0", "25"],
     ]
-    assert read_table(page, "Figures")[1:] == [["image_auroc", "0.9000", "0.8500", "0.9400"], ["best_f1", "0.8000"]]
+    assert read_table(page, "Figures")[1:] == [["image_auroc", "0.9000", "0.8500 to 0.9400"], ["best_f1", "0.8000"]]
     for wanted in ("with changes", "2 files were set aside", "12.3 ms", "12.6 MB", "models:/tiles-detector/3"):
         assert wanted in page
 
@@ -131,6 +132,7 @@ def test_limits_follow_from_the_data():
     limits = "\n".join(describe_limits("detector", CONFIG, IMAGES, build_manifest([250, 250]), findings))
     assert "images of 250 x 306 pixels, in grey, seen at 288 x 352" in limits
     assert "fitted to images of good alone" in limits
+    assert "none of its 134 test images showed may still occur in up to 2.21% of new ones" in limits
     assert "crack (7)" in limits
     assert "fray" not in limits
     assert "Near-duplicates are not parted (13 files)" in limits
@@ -164,6 +166,7 @@ def trained(tmp_path, monkeypatch):
     params, tags = {"train_detector": {"model": "padim"}}, {"task": "detector", "data_digest": "d1"}
     with start_run("detector", params, tags) as run_id:
         pass
+    save_json({"run_id": run_id}, MODELS / "detector" / RUN)
     log_results(client, run_id, metrics={"detector/test/image_auroc": 0.75})
     create_model(client, "tiles-detector", client.get_run(run_id).info.experiment_id)
     client.create_model_version("tiles-detector", tmp_path.as_uri(), run_id)
@@ -174,7 +177,7 @@ def trained(tmp_path, monkeypatch):
 
 def test_a_card_is_with_the_run_and_the_version(trained, tmp_path):
     client, run_id = trained
-    attach_model_card(client, "tiles-detector", "1", "detector")
+    attach_model_cards()
     description = client.get_model_version("tiles-detector", "1").description
     path = client.download_artifacts(run_id, CARD, str(tmp_path))
     assert Path(path).read_text(encoding="utf-8") == description
@@ -184,3 +187,16 @@ def test_a_card_is_with_the_run_and_the_version(trained, tmp_path):
     assert "flagged where its score is above 19." in description
     assert "by 20 normal calibration images" in description
     assert json.loads((MODELS / "detector" / "config.json").read_text())["weights"].split("_")[0] in description
+
+
+def test_a_card_without_figures_is_refused_in_one_sentence(trained):
+    (REPORTS / "metrics" / "detector.json").unlink()
+    with pytest.raises(DataError, match=r"detector\.json is missing, .*`dvc repro` writes it"):
+        attach_model_cards()
+
+
+def test_what_is_not_registered_has_no_card(trained):
+    client, run_id = trained
+    client.delete_model_version("tiles-detector", "1")
+    attach_model_cards()
+    assert CARD not in [entry.path for entry in client.list_artifacts(run_id)]

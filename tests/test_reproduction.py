@@ -121,12 +121,15 @@ def find_made(run_id):
 def test_the_same_code_params_and_data_give_the_same_figures_in_a_run_of_their_own(project, run_id, capsys):
     status, lock = git(project, "status", "--porcelain"), (project / "dvc.lock").read_text()
     assert reproduce(run_id[:12], force=False, dry_run=False)
-    assert capsys.readouterr().out.splitlines()[-1].endswith("the same figures, all 2 of them")
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1].endswith("the same figures, all 2 of them")
+    assert [line for line in told if line.startswith("> ")] == ["> python train.py", "> python evaluate.py"]
     (made,) = find_made(run_id)
     assert made.info.run_id != run_id
     assert made.data.params["seed"] == "3"
     assert (git(project, "status", "--porcelain"), (project / "dvc.lock").read_text()) == (status, lock)
     assert list_traces(project) == []
+    assert [path.name for path in (project / ".dvc/cache/files/md5").iterdir() if len(path.name) > 2] == []
     # The copy's model is not given for the original.
     shutil.rmtree(project / "models")
     subprocess.run([shutil.which("dvc"), "checkout", "-q"], check=True)

@@ -10,14 +10,16 @@ import pandas as pd
 
 from loupe.data.images import Geometry
 from loupe.data.manifest import load_table
+from loupe.errors import DataError
 from loupe.evaluation.thresholds import explain_threshold
 from loupe.models.files import load_config
 from loupe.reporting.page import render_page
-from loupe.stages.files import CALIBRATION, MANIFEST, MODELS, PREPARED, REPORTS, VALIDATION, load_data_set
+from loupe.stages.files import CALIBRATION, MANIFEST, MODELS, PREPARED, REPORTS, RUN, VALIDATION, load_data_set
 from loupe.tracking.audit import find_latest, load_audit
 from loupe.tracking.environment import name_device
 from loupe.tracking.records import DATA_TAG, find_record, save_card
 from loupe.tracking.registry import NUM_TIMED, MlflowClient, load_model, measure_latencies
+from loupe.tracking.runs import connect, find_run
 
 SPLITS = ("train", "val", "calibration", "test")
 MOST_LABELS = 40  # shown
@@ -67,6 +69,21 @@ class ModelCard:
     licence: str
 
 
+def attach_model_cards() -> None:
+    """Write the card of each version of what was trained in this folder; what is not registered has none.
+
+    Raises:
+        DataError: if a file of the stages is missing.
+        TrackingError: if the store does not hold a run.
+    """
+    name = load_data_set().name
+    client = connect(name)
+    for run_file in sorted(MODELS.glob(f"*/{RUN}")):
+        record = find_record(client, find_run(client, run_file))
+        if record.version is not None:
+            attach_model_card(client, f"{name}-{record.task}", record.version, record.task)
+
+
 def attach_model_card(client: MlflowClient, name: str, version: str, task: str) -> None:
     """Write the card of a version of what was trained in this folder: to its run, and as the version's description.
 
@@ -74,7 +91,7 @@ def attach_model_card(client: MlflowClient, name: str, version: str, task: str) 
         name: of the registered model, of which `version` is one.
 
     Raises:
-        DataError: if a table of the stages is missing.
+        DataError: if a file of the stages is missing.
         TrackingError: if the store does not hold the run.
     """
     save_card(client, name, version, build_model_card(load_model_card(client, name, version, task)))
@@ -103,7 +120,7 @@ def load_model_card(client: MlflowClient, name: str, version: str, task: str) ->
     data_set, config = load_data_set(), load_config(MODELS / task)
     index = load_table(PREPARED / task / "index.parquet")
     images = _count_images(index)
-    metrics: dict[str, float] = json.loads((REPORTS / "metrics" / f"{task}.json").read_text())
+    metrics: dict[str, float] = _load_json(REPORTS / "metrics" / f"{task}.json")
     latency_ms, num_bytes = _find_speed(client, name, version, Path(data_set.source), index)
     return ModelCard(
         model=name,
@@ -122,7 +139,7 @@ def load_model_card(client: MlflowClient, name: str, version: str, task: str) ->
         num_test=int(index["split"].eq("test").sum()),
         figures=list_figures(metrics, task),
         threshold=_describe_threshold(config) if task == "detector" else None,
-        limits=describe_limits(task, config, images, load_table(MANIFEST), _load_findings()),
+        limits=describe_limits(task, config, images, load_table(MANIFEST), _load_json(VALIDATION)["findings"]),
         latency_ms=latency_ms,
         num_bytes=num_bytes,
         device=name_device(),
@@ -186,6 +203,7 @@ def describe_limits(
     else:
         normal = escape_markdown(config["normal_label"])
         limits.append(f"It was fitted to images of {normal} alone; kinds of defect that are not above were not tested.")
+    limits.append(_describe_unseen(sum(counts[SPLITS.index("test")] for counts in images.values())))
     limits += [_describe_few(images, purpose) for purpose in (["train", "test"] if task == "classifier" else ["test"])]
     for finding in findings:
         if finding["num_failing"]:
@@ -206,6 +224,16 @@ def _describe_size(geometry: Geometry, manifest: pd.DataFrame) -> str:
     )
 
 
+def _describe_unseen(num_test: int) -> str:
+    """How often may happen what never did: the exact upper bound for 0 of n (Clopper and Pearson, 1934), one-sided."""
+    if not num_test:
+        return "It was not tested on any image."
+    return (
+        f"A kind of error that none of its {num_test:,} test images showed may still occur in up to "
+        f"{1 - 0.05 ** (1 / num_test):.2%} of new ones (95% confidence)."
+    )
+
+
 def _describe_few(images: Mapping[str, Sequence[int]], split: str) -> str:
     """Empty where there are enough of each label."""
     at = SPLITS.index(split)
@@ -219,9 +247,11 @@ def _describe_few(images: Mapping[str, Sequence[int]], split: str) -> str:
     return f"Images of {', '.join(few[:MOST_NAMED])}{more} {said}."
 
 
-def _load_findings() -> list[dict[str, Any]]:
-    findings: list[dict[str, Any]] = json.loads(VALIDATION.read_text(encoding="utf-8"))["findings"]
-    return findings
+def _load_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise DataError(f"{path} is missing, which a model card is made from: `dvc repro` writes it")
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
 
 
 def _describe_licence(config: Mapping[str, Any]) -> str:

@@ -44,6 +44,8 @@ LOCK = Path(".dvc/tmp/reproduction.lock")
 BEFORE_TRAINING = "augment"  # the last stage that a training rests on
 SECONDS = 24 * 60 * 60  # for a stage: the run says nothing of how long it may take
 TOLERANCE = 1e-9  # relative
+# What DVC says to somebody who runs a stage by hand.
+DVC_ADVICE = ("To track the changes", "\tgit add", "To enable auto staging", "\tdvc config", "Use `dvc push`")
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ def reproduce(run_id: str, force: bool, dry_run: bool) -> bool:
     console = Console(highlight=False)
 
     def tell(line: str) -> None:
-        console.print(line, markup=False, soft_wrap=True)
+        if not line.startswith(DVC_ADVICE):
+            console.print(line, markup=False, soft_wrap=True)
 
     client = open_store()
     record = find_record(client, run_id)
@@ -178,7 +181,7 @@ def _run_git(*arguments: str, said: str | None = None) -> None:
 
 def _share_cache(project: Path) -> None:
     with Repo(str(project)) as repo, Config(".dvc").edit("local") as config:
-        config["cache"].update(dir=repo.cache.local.path, type="reflink,hardlink,copy")
+        config["cache"].update(dir=repo.cache.local_cache_dir, type="reflink,hardlink,copy")
     if (project / DOWNLOADS).exists():
         DOWNLOADS.parent.mkdir(parents=True, exist_ok=True)
         DOWNLOADS.symlink_to(project / DOWNLOADS)

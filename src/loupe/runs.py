@@ -79,7 +79,7 @@ def _describe_result(record: Record) -> str:
         return f"{record.status}: {record.failure}" if record.failure else record.status
     names = [f"{record.task}/test/{name}" for name in HEADLINES[record.task]]
     told = [
-        f"{name.rpartition('/')[2]} {write_figure(record.metrics, name)}".replace(" (", "\n  (")
+        f"{name.rpartition('/')[2]} {_break(write_figure(record.metrics, name))}"
         for name in names
         if name in record.metrics
     ]
@@ -111,19 +111,36 @@ def _list_facts(record: Record, environment: Mapping[str, object]) -> dict[str, 
 
 
 def build_figures(records: Sequence[Record]) -> Table:
-    """One row a figure that any of these runs has, without those of single labels; intervals stand behind them."""
+    """One row a figure that any of these runs has, without those of single labels and of the export.
+
+    Intervals stand below their figures. Where all are of one task, its name is left out.
+    """
     table = _build_comparison("Figures", records)
-    bounds = {f"{name}_{end}" for record in records for name in record.metrics for end in ("low", "high")}
+    table.columns[0].no_wrap = True
+    start = f"{records[0].task}/" if len({record.task for record in records}) == 1 else ""
     shown = [
-        {
-            name: write_figure(record.metrics, name)
-            for name in sorted(record.metrics)
-            if name.startswith(f"{record.task}/") and name not in bounds and name.count("/") <= 2
-        }
+        {name.removeprefix(start): _break(write_figure(record.metrics, name)) for name in _list_shown(record)}
         for record in records
     ]
     _add_rows(table, shown, lambda values: True)
     return table
+
+
+def _list_shown(record: Record) -> list[str]:
+    bounds = {f"{name}_{end}" for name in record.metrics for end in ("low", "high")}
+    return [
+        name
+        for name in sorted(record.metrics)
+        if name.startswith(f"{record.task}/")
+        and name not in bounds
+        and name.count("/") <= 2
+        and not name.startswith(f"{record.task}/export/")
+    ]
+
+
+def _break(figure: str) -> str:
+    """Its interval on a line of its own."""
+    return figure.replace(" (", "\n  (")
 
 
 def _build_comparison(title: str, records: Sequence[Record]) -> Table:

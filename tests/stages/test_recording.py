@@ -25,6 +25,9 @@ from loupe.stages.files import (
 from loupe.stages.recording import record_stage_times, record_training
 from loupe.tracking.runs import connect
 
+# A folder is a source to MLflow twice over, of the same kind; stages run without its warnings.
+pytestmark = pytest.mark.filterwarnings("ignore:The specified dataset source can be interpreted in multiple ways")
+
 
 @dataclass(frozen=True)
 class Recipe:

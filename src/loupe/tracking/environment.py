@@ -16,11 +16,12 @@ PACKAGES = ("loupe", "torch", "torchvision", "timm", "albumentations", "numpy", 
 
 
 def describe_code() -> dict[str, str]:
-    """Tags: the git commit, whether the tree was clean, and the sha256 of dvc.lock; what there is of them."""
+    """Tags: the git commit, whether all of CODE was in it, and the sha256 of dvc.lock; what there is of them."""
     tags = {}
     commit = _ask_git("rev-parse", "HEAD")
     if commit is not None:
-        tags = {"git_commit": commit.strip(), "git_tree": "changed" if _ask_git("status", "--porcelain") else "clean"}
+        changed = _ask_git("status", "--porcelain", "--", *CODE)
+        tags = {"git_commit": commit.strip(), "git_tree": "changed" if changed else "clean"}
     lock = Path("dvc.lock")
     if lock.exists():
         tags["dvc_lock_sha256"] = hashlib.sha256(lock.read_bytes()).hexdigest()
