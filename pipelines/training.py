@@ -64,9 +64,9 @@ def run_stages() -> dict[str, StageTime]:
         for stage in list_stages():
             name = stage.rpartition(":")[2]
             times[name] = _take_time(run_stage.with_options(name=name), stage, timeout_seconds)
-        times["promote"] = _take_time(promote, timeout_seconds)
     finally:
         save_json({name: asdict(taken) for name, taken in times.items()}, STAGE_TIMES)
+    times["promote"] = _take_time(promote, timeout_seconds)
     return times
 
 
@@ -97,7 +97,7 @@ def run_stage(stage: str, timeout_seconds: int) -> State[None]:
 def promote(timeout_seconds: int) -> State[None]:
     """Register what was trained, and decide who is champion."""
     try:
-        for line in run_command(["loupe", "promote"], timeout_seconds):
+        for line in run_command(["loupe", "promote", "--stage-times", str(STAGE_TIMES)], timeout_seconds):
             get_run_logger().info(line)
     except PipelineError as error:
         return _fail(error)

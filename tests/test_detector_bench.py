@@ -312,6 +312,8 @@ def test_the_page_fits_the_window_and_draws_all_that_were_fitted(tmp_path, show,
     page = show(tmp_path / "bench.html", width, scheme)
     assert page.evaluate("document.documentElement.scrollWidth") == width
     assert page.locator("h1").inner_text() == HOSTILE
+    (lacking,) = page.locator(".members tbody tr", has=page.locator("th", has_text=re.compile("^vae$"))).all()
+    assert lacking.locator("td").all_inner_texts() == ["–"] * 8
     drawing = page.locator(".intervals > svg")
     frame = drawing.bounding_box()
     assert drawing.locator("line.range").count() == drawing.locator(".name").count() == len(NAMES) - 1

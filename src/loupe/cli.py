@@ -1,6 +1,7 @@
 """From a folder of images to a promoted classifier and anomaly detector."""
 
 import io
+import json
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 PARAMS = Path("params.yaml")
 LOOPBACK = "127.0.0.1"
+GRACE_SECONDS = 10  # in which servers end
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 bench = typer.Typer(no_args_is_help=True, help="Compare what there is to choose from on one data set.")
@@ -115,9 +118,14 @@ def promote(
         str | None, typer.Option(metavar="TASK", help="Make the trained classifier or detector champion regardless.")
     ] = None,
     reason: Annotated[str, typer.Option(help="Why it is overridden; kept in the audit.")] = "",
+    stage_times: Annotated[
+        Path | None, typer.Option(help="Seconds of each stage, as the flow writes them; kept on the runs.")
+    ] = None,
 ) -> None:
     """Register what was trained, and decide who is champion."""
     from loupe import promotion  # torch and mlflow take seconds
+    from loupe.model_card import attach_model_cards
+    from loupe.stages.recording import record_stage_times
 
     if override is not None and dry_run:
         raise ConfigError("--override decides nothing that --dry-run could show: use one of them")
@@ -128,6 +136,11 @@ def promote(
         run_stage(lambda params: promotion.override(task, reason))
     else:
         run_stage(lambda params: promotion.promote(params, dry_run))
+    if not dry_run:
+        run_stage(lambda params: attach_model_cards())
+    if stage_times is not None:
+        times = json.loads(stage_times.read_text(encoding="utf-8"))
+        run_stage(lambda params: record_stage_times(times))
 
 
 @app.command()
@@ -256,6 +269,30 @@ def reconstruct(
 
 
 @app.command()
+def score(
+    source: Annotated[Path, typer.Argument(help="An image, a folder of images, or a table with the column `path`.")],
+    model: Annotated[
+        str, typer.Option(help="An alias of this data's models, or one model: <name>@<alias> or <name>/<version>.")
+    ] = "champion",
+    out: Annotated[Path, typer.Option(help="The table: .parquet or .csv.")] = Path("scores/scores.parquet"),
+    threshold: Annotated[float | None, typer.Option(help="Raw anomaly score above which an image is flagged.")] = None,
+    false_alarm_rate: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Set the threshold for this rate, by the calibration images.")
+    ] = None,
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="Keep each image's embedding as well.")] = False,
+    maps: Annotated[Path | None, typer.Option(help="A folder for heat maps, one picture an image.")] = None,
+) -> None:
+    """Score images by registered models: one row an image, written in parts that a stopped run goes on from."""
+    from loupe.scoring import Request, score_and_tell  # torch and mlflow take seconds
+
+    run_stage(
+        lambda params: score_and_tell(
+            Request(source, model, out, threshold, false_alarm_rate, embeddings=embeddings, maps=maps)
+        )
+    )
+
+
+@app.command()
 def drift(
     source: Annotated[
         Path, typer.Argument(help="A table that `loupe score --embeddings` wrote, or a folder of images to score.")
@@ -345,48 +382,59 @@ def ui(
     prefect_port: Annotated[int, typer.Option(help="Port of Prefect's page.")] = 4200,
 ) -> None:
     """Open MLflow's and Prefect's pages over what was run, on loopback, until interrupted."""
+    if mlflow_port == prefect_port:
+        raise ConfigError(f"--mlflow-port and --prefect-port must differ; both are {mlflow_port}")
     store = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
     commands = {
-        mlflow_port: [
-            "mlflow",
-            "server",
-            "--host",
-            LOOPBACK,
-            "--port",
-            str(mlflow_port),
-            "--backend-store-uri",
-            store,
-            "--workers",
-            "1",
-        ],
-        prefect_port: ["prefect", "server", "start", "--host", LOOPBACK, "--port", str(prefect_port)],
+        mlflow_port: ["mlflow", "server", "--backend-store-uri", store, "--workers", "1"],
+        prefect_port: ["prefect", "server", "start"],
     }
     for port in commands:
         _check_port(port)
-    binaries, environment = Path(sys.executable).parent, {**os.environ, **_build_settings()}
-    servers = [
-        subprocess.Popen([str(binaries / program), *arguments], env=environment, start_new_session=True)
-        for program, *arguments in commands.values()
-    ]
+    settings = {
+        **_build_settings(),
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight processes that judge chats
+        "PREFECT_SERVER_UI_API_URL": f"http://{LOOPBACK}:{prefect_port}/api",  # by itself, the page asks port 4200
+        "PREFECT_SERVER_UI_V2_ENABLED": "false",  # which asks its makers for how to count, even if nothing is counted
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    }
     typer.echo(
         f"MLflow: http://{LOOPBACK}:{mlflow_port}  Prefect: http://{LOOPBACK}:{prefect_port}  (Ctrl-C ends both)"
     )
-    _watch(servers)
+    _serve([[*command, "--host", LOOPBACK, "--port", str(port)] for port, command in commands.items()], settings)
 
 
-def _watch(servers: list[subprocess.Popen[bytes]]) -> None:
+def _serve(commands: list[list[str]], settings: dict[str, str]) -> None:
     """Until an interruption, or until one of the servers ends, and then end them all."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the last, where the terminal is closed
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup keeps it out
+            signal.signal(number, signal.default_int_handler)
+    binaries, servers = Path(sys.executable).parent, []
     try:
+        for program, *arguments in commands:
+            command = [str(binaries / program), *arguments]
+            servers.append(subprocess.Popen(command, env={**os.environ, **settings}, start_new_session=True))
         while all(server.poll() is None for server in servers):
             time.sleep(0.5)
     except KeyboardInterrupt:
         return
     finally:
-        for server in servers:
-            if server.poll() is None:
-                os.killpg(server.pid, signal.SIGTERM)
+        _end(servers)
     raise LoupeError("one of the two servers ended by itself; its last lines are above")
+
+
+def _end(servers: list[subprocess.Popen[bytes]]) -> None:
+    """Ask all to end, with what they started, and then make those that don't: an open page may hold them."""
+    for server in servers:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_SECONDS
+    for server in servers:
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(max(0, deadline - time.monotonic()))
+        with suppress(ProcessLookupError):  # those that its leader left behind, too
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 def _check_port(port: int) -> None:

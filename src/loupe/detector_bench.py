@@ -38,7 +38,7 @@ NO_CHOICE = (
     "are, and the rows stand in a fixed order. Who chooses a detector by this table has used up its test images: "
     "confirm it on others."
 )
-NONE = "–"  # where a figure is not known
+UNKNOWN = "–"  # where a figure is not known
 
 
 class Spread(NamedTuple):
@@ -283,9 +283,9 @@ def _describe_seeds(bench: Bench) -> str:
 def _write_cells(member: Member) -> list[str]:
     cells = [write_spread(member.spread(figure)) for figure in SCORES]
     seconds = member.spread("train/seconds")
-    cells.append(NONE if seconds is None else write_time(seconds.mean))
+    cells.append(UNKNOWN if seconds is None else write_time(seconds.mean))
     if member.cost is None:
-        return [*cells, NONE, NONE, NONE]
+        return [*cells, UNKNOWN, UNKNOWN, UNKNOWN]
     cost = member.cost
     return [*cells, f"{cost.alone:.1f}", f"{cost.in_batch:.1f}", f"{cost.num_bytes / 1e6:.1f}"]
 
@@ -293,7 +293,7 @@ def _write_cells(member: Member) -> list[str]:
 def write_spread(spread: Spread | None) -> str:
     """Mean, and below it the deviation if there is one."""
     if spread is None:
-        return NONE
+        return UNKNOWN
     return f"{spread.mean:.4f}" + (f"\n± {spread.deviation:.4f}" if spread.deviation is not None else "")
 
 
@@ -323,7 +323,7 @@ def render_bench(bench: Bench) -> str:
             "num_timed": NUM_TIMED,
             "mlflow_page": MLFLOW_PAGE,
             "tag": TAG,
-            "none": NONE,
+            "unknown": UNKNOWN,
             "write_time": write_time,
         },
     )
