@@ -145,7 +145,7 @@ def page(browser):
     page.on("request", lambda request: asked.add(urlsplit(request.url)))
     yield page
     page.close()
-    assert {address.hostname for address in asked if address.scheme.startswith(("http", "ws"))} == {"127.0.0.1"}
+    assert {address.hostname for address in asked if address.scheme in ("http", "https")} == {"127.0.0.1"}
 
 
 def see(locator, text=None):
@@ -212,8 +212,8 @@ def count_bars(screenshot):
 def test_the_deployments_have_their_schedule(page, served, flow_run):
     page.goto(f"{served[2]}/deployments")
     for name in ("retraining-on-drift", "scoring"):
-        see(page.get_by_role("link", name=name, exact=True))
-    page.get_by_role("link", name="retraining-on-schedule", exact=True).click()
+        see(page.get_by_title(name, exact=True))
+    page.get_by_title("retraining-on-schedule", exact=True).click()
     see(page.get_by_text("At 03:00 AM, only on Monday", exact=True))
 
 
