@@ -31,7 +31,6 @@ COMPLETED = (33, 157, 75)  # the green of its bar in the graph
 
 # A training in small, and the pool that prefect.yaml names. It says the id of its run.
 FLOW = """
-import sys
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import get_client
