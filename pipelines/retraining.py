@@ -2,9 +2,9 @@
 
 The copy is a worktree of its own (see `pipelines.worktree`), so that nobody's working copy changes. The registry is the
 project's: promotion decides as it does after `make run`. Where anything was computed, the new params.yaml and dvc.lock
-are committed on a branch, `retraining/<time>`: `git merge` and `dvc checkout` bring it to a working copy. Where nothing
-changed, there is no branch. A run that was cancelled or killed leaves what it finished in DVC's cache, and what its
-training goes on from in data/memory/retraining; the next one takes it up.
+are committed on a branch, `retraining/<time>`: after `git merge`, `make run` takes all of it from DVC's cache. Where
+nothing changed, there is no branch. A run that was cancelled or killed leaves what it finished in DVC's cache, and what
+its training goes on from in data/memory/retraining; the next one takes it up.
 
 Two never run at once: each deployment has a concurrency limit of one, and a lock holds across deployments and people.
 The result is an artifact, and the event `loupe.retraining.finished` with its outcome: unchanged, retrained or failed.
@@ -83,7 +83,7 @@ def _describe_commit(decisions: dict[str, Any]) -> str:
 def _describe_outcome(branch: str | None) -> str:
     if branch is None:
         return "Nothing changed, and nothing was computed."
-    return f"Retrained: branch `{branch}` has the new params.yaml and dvc.lock (`git merge {branch}`, `dvc checkout`)."
+    return f"Retrained: branch `{branch}` has the new params.yaml and dvc.lock (`git merge {branch}`, `make run`)."
 
 
 def _format_times(times: dict[str, StageTime]) -> str:
