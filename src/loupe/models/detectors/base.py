@@ -128,8 +128,8 @@ def fit_detector(detector: FeatureDetector, images: Images, seed: int, most_byte
     Args:
         images: batches; gone through more than once, so a list or a loader and no generator.
         seed: of what is drawn at random, where anything is.
-        most_bytes: so much of the features is kept in memory, and the rest computed at each pass again, of which a fit
-            makes three at most; a batch's own come on top.
+        most_bytes: so much of the features is kept in memory, and the rest computed at each pass again; those of one
+            batch come on top.
 
     Raises:
         DataError: if there are too few images; says how many are needed.
@@ -157,7 +157,7 @@ class _FeatureMemory:
         self.images = images
         self.bytes_left = most_bytes
         self.kept: dict[int, Features] = {}
-        self.num_batches: int | None = None  # known after the first pass
+        self.num_batches: int | None = None  # known after the first whole pass
 
     @torch.inference_mode()
     def read(self) -> Iterable[Features]:
@@ -167,7 +167,7 @@ class _FeatureMemory:
         sizes = []
         for index, batch in enumerate(self.images):
             features = self.kept.get(index) or self.extractor(batch.to(self.extractor.device))
-            if self.num_batches is None:
+            if self.num_batches is None and index not in self.kept:  # a pass may have ended early
                 self._keep(index, features)
             sizes.append(len(batch))
             yield features
