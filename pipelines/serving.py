@@ -100,6 +100,9 @@ def _build_settings(port: int) -> dict[str, str]:
         "PREFECT_HOME": str(Path(".prefect").resolve()),
         "PREFECT_API_URL": f"http://{LOOPBACK}:{port}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_UI_API_URL": f"http://{LOOPBACK}:{port}/api",  # by itself, the page asks port 4200
+        "PREFECT_SERVER_UI_V2_ENABLED": "false",  # which asks its makers for how to count, even if nothing is counted
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         # In memory, as by itself, they are lost with the server, and their limits are never free again.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_WORKER_QUERY_SECONDS": "5",
