@@ -27,6 +27,7 @@ def run_stage(stage: Callable[[Params], None]) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # A CPU's cores train, and none is left for loading; the others are advice to the libraries' own makers.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # a frozen backbone is meant to be
     warnings.filterwarnings("ignore", category=UserWarning, module="mlflow")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
