@@ -123,7 +123,8 @@ def test_the_export_prints_and_logs_nothing(tmp_path, exported, capfd, caplog):
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
-def test_one_module_imports_the_exporters_and_one_stage_that_module(package):
+def test_one_module_imports_the_exporters_and_two_stages_that_module(package):
     graph = grimp.build_graph("loupe", include_external_packages=True)
     assert graph.find_modules_that_directly_import(package) == {"loupe.models.export"}
-    assert graph.find_downstream_modules("loupe.models.export") == {"loupe.stages.export_classifier"}
+    stages = {"loupe.stages.export_classifier", "loupe.stages.export_detector"}
+    assert graph.find_downstream_modules("loupe.models.export") == stages
