@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
 # Debian's Chromium, which asks its makers for nothing on its own.
 CHROMIUM_ARGUMENTS = [
@@ -71,6 +71,28 @@ def browser() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_ARGUMENTS)
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def show(browser: Browser) -> Iterator[Callable[..., tuple[Page, list[str], list[str]]]]:
+    """Opens a page at a width, and gives it with what it requested and what its console and dialogs said."""
+    contexts: list[BrowserContext] = []
+
+    def show(path: Path, width: int = 1400, scheme: str = "light") -> tuple[Page, list[str], list[str]]:
+        contexts.append(browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme))
+        page = contexts[-1].new_page()
+        requested: list[str] = []
+        told: list[str] = []
+        page.on("request", lambda request: requested.append(request.url))
+        page.on("console", lambda message: told.append(message.text))
+        page.on("pageerror", lambda error: told.append(str(error)))
+        page.on("dialog", lambda dialog: (told.append(dialog.message), dialog.dismiss()))
+        page.goto(path.as_uri())
+        return page, requested, told
+
+    yield show
+    for context in contexts:
+        context.close()
 
 
 @pytest.fixture

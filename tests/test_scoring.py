@@ -223,6 +223,7 @@ def ask(address, contents, **params):
     body = {"dataframe_records": records, "params": params}
     answer = requests.post(f"{address}/invocations", json=body, timeout=60)
     answer.raise_for_status()
+    assert "NaN" not in answer.text  # which is no JSON
     return pd.DataFrame(answer.json()["predictions"])
 
 

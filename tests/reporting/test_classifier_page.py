@@ -86,27 +86,6 @@ def page(faulty, save):
     return save(faulty)[0]
 
 
-@pytest.fixture
-def show(browser):
-    """Opens a page at a width, and gives it with what it requested and what its console and dialogs said."""
-    contexts = []
-
-    def show(path, width=1400, scheme="light"):
-        contexts.append(browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme))
-        page = contexts[-1].new_page()
-        requested, told = [], []
-        page.on("request", lambda request: requested.append(request.url))
-        page.on("console", lambda message: told.append(message.text))
-        page.on("pageerror", lambda error: told.append(str(error)))
-        page.on("dialog", lambda dialog: (told.append(dialog.message), dialog.dismiss()))
-        page.goto(path.as_uri())
-        return page, requested, told
-
-    yield show
-    for context in contexts:
-        context.close()
-
-
 def test_the_headline_figures_stand_with_their_intervals(faulty, page, show):
     shown, *_ = show(page)
     accuracy, interval = faulty.judgement.figures["accuracy"], faulty.judgement.intervals["accuracy"]

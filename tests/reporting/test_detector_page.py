@@ -114,27 +114,6 @@ def page(report, save):
     return save(report)[0]
 
 
-@pytest.fixture
-def show(browser):
-    """Opens a page at a width, and gives it with what it requested and what its console and dialogs said."""
-    contexts = []
-
-    def show(path, width=1400, scheme="light"):
-        contexts.append(browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme))
-        page = contexts[-1].new_page()
-        requested, told = [], []
-        page.on("request", lambda request: requested.append(request.url))
-        page.on("console", lambda message: told.append(message.text))
-        page.on("pageerror", lambda error: told.append(str(error)))
-        page.on("dialog", lambda dialog: (told.append(dialog.message), dialog.dismiss()))
-        page.goto(path.as_uri())
-        return page, requested, told
-
-    yield show
-    for context in contexts:
-        context.close()
-
-
 def read(shown, name):
     return shown.locator(f'[data-live="{name}"]').first.inner_text()
 

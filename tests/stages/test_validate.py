@@ -58,27 +58,6 @@ def faulty(tmp_path_factory, write, draw, check):
     return page
 
 
-@pytest.fixture
-def show(browser):
-    """Opens a page at a width, and gives it with what it requested and what its console and dialogs said."""
-    contexts = []
-
-    def show(path, width=1400):
-        contexts.append(browser.new_context(viewport={"width": width, "height": 900}))
-        page = contexts[-1].new_page()
-        requested, told = [], []
-        page.on("request", lambda request: requested.append(request.url))
-        page.on("console", lambda message: told.append(message.text))
-        page.on("pageerror", lambda error: told.append(str(error)))
-        page.on("dialog", lambda dialog: (told.append(dialog.message), dialog.dismiss()))
-        page.goto(path.as_uri())
-        return page, requested, told
-
-    yield show
-    for context in contexts:
-        context.close()
-
-
 def test_the_page_is_written_though_the_images_cant_be_trained_on(faulty):
     text = faulty.read_text(encoding="utf-8")
     assert "These images can’t be trained on: 2 files fail “Every file decodes as one image”" in text

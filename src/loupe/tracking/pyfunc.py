@@ -73,7 +73,11 @@ class ImageModel(PythonModel):
         """One row an image, in the order of the input."""
         answers = self.answer(list(model_input["image"]), Options(**params or {}))
         for column in {"embedding", "anomaly_map"} & set(answers):
-            answers[column] = [None if values is None else values.tolist() for values in answers[column]]
+            answers[column] = [
+                values.tolist() if isinstance(values, np.ndarray) else None for values in answers[column]
+            ]
+        for column in answers.columns[answers.isna().any()]:  # what lacks a value is null in JSON, which has no NaN
+            answers[column] = answers[column].astype("object").where(answers[column].notna(), None)
         return answers
 
     def answer(self, contents: Sequence[bytes], options: Options) -> pd.DataFrame:
