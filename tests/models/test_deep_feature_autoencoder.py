@@ -6,7 +6,6 @@ from torch.nn import functional as F
 from loupe.data.loading import PreparedDataset
 from loupe.models.classifiers import get_data_config
 from loupe.models.detectors.base import detect, save_detector
-from loupe.models.detectors.deep_feature_autoencoder import LEVELS
 from loupe.models.detectors.family import build_detector, load_detector
 from loupe.models.detectors.features import FeatureConfig
 from loupe.training.detector import Reconstruction, train_detector
@@ -82,7 +81,7 @@ def test_training_changes_nothing_of_the_backbone(trained):
 
 def test_the_loss_is_one_minus_the_mean_cosine_of_each_place_mean_over_the_levels(trained):
     detector, images = trained[0], draw_stripes(3, seed=2)
-    levels = detector.extractor(images)[LEVELS]
+    levels = detector.extractor(images)
     values, means = detector.bottleneck(levels), []
     for step, level in zip(detector.decoder, reversed(levels), strict=True):
         values, rebuilt = step(values)

@@ -3,12 +3,20 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 from sklearn.covariance import EmpiricalCovariance
+from torch.nn import functional as F
 
 from loupe.errors import ConfigError, DataError
 from loupe.models.classifiers import get_data_config
 from loupe.models.detectors.base import detect, fit_detector, save_detector
 from loupe.models.detectors.family import build_detector, load_detector
-from loupe.models.detectors.feature_autoencoder import LEAST_NOISE, MOST_CHANNELS, RIDGE, TOP_PLACES, compute_whitening
+from loupe.models.detectors.feature_autoencoder import (
+    COARSE_WEIGHT,
+    LEAST_NOISE,
+    MOST_CHANNELS,
+    RIDGE,
+    TOP_PLACES,
+    compute_whitening,
+)
 from loupe.models.detectors.features import FeatureConfig
 from loupe.models.files import load_config
 
@@ -49,12 +57,17 @@ def test_scores_and_maps_have_the_shape_of_the_images(fitted):
     assert maps.shape == (5, *SIZE)
 
 
-def test_a_defect_scores_above_all_normal_images_and_is_found_where_it_is(fitted):
+def test_a_defect_scores_above_all_normal_images(fitted):
     normal = draw_stripes(12, seed=1)
-    normal_scores, _ = detect(fitted, normal)
-    scores, maps = detect(fitted, spoil(normal))
-    assert scores.min() > normal_scores.max()
-    rows, columns = np.unravel_index(maps.flatten(1).argmax(dim=1).numpy(), SIZE)
+    assert detect(fitted, spoil(normal))[0].min() > detect(fitted, normal)[0].max()
+
+
+def test_a_defect_is_found_where_it_is():
+    size = (128, 192)
+    detector = build_detector("feature_autoencoder", config_of(size, size), "package")
+    fit_detector(detector, draw_stripes(24, size=size).split(8), seed=0)
+    _, maps = detect(detector, spoil(draw_stripes(12, seed=1, size=size)))
+    rows, columns = np.unravel_index(maps.flatten(1).argmax(dim=1).numpy(), size)
     assert ((rows >= 20) & (rows < 44)).all()
     assert ((columns >= 52) & (columns < 76)).all()
 
@@ -133,14 +146,38 @@ def test_the_error_is_the_energy_of_what_the_wiener_filter_leaves_measured_again
     assert strengths[1] > strengths[0] > LEAST_NOISE > strengths[2]  # so that the third place has more than its own
 
 
-def test_the_score_is_the_mean_of_the_largest_errors_and_the_map_their_blur(fitted):
+def test_the_errors_of_both_views_add_up_the_score_is_the_mean_of_the_largest_and_the_map_their_blur(fitted):
     features = fitted.extractor(spoil(draw_stripes(2, seed=1)))
-    whitened = fitted.whitening @ (fitted._select(features) - fitted.mean)
-    errors = whitened.norm(dim=1).T
+    views = features[:3], features[3:]
+    fine, coarse = (
+        torch.einsum("pcd,bpd->bpc", wiener.whitening, (wiener.select(view) - wiener.mean).permute(2, 0, 1))
+        .square()
+        .sum(dim=2)
+        for wiener, view in zip(fitted.filters, views, strict=True)
+    )
+    enlarged = F.interpolate(coarse.view(2, 1, 4, 6), (8, 12), mode="bilinear").flatten(1)
+    errors = (fine + COARSE_WEIGHT * enlarged).sqrt()
     scores, maps = fitted.score_features(features)
     torch.testing.assert_close(scores, errors.sort(dim=1).values[:, -TOP_PLACES:].mean(dim=1))
     assert maps.shape == (2, SIZE[0] // 8, SIZE[1] // 8)
     np.testing.assert_allclose(maps[0], gaussian_filter(errors[0].reshape(8, 12), 1, mode="mirror"), rtol=1e-2)
+
+
+def test_the_second_view_is_of_the_images_at_half_the_size(fitted):
+    images = draw_stripes(2, seed=1)
+    halved = F.avg_pool2d(fitted.extractor.preprocess(images), 2)
+    levels = fitted.extractor.backbone.forward_intermediates(
+        halved, indices=fitted.extractor.levels, intermediates_only=True
+    )
+    views = fitted.extractor(images)
+    assert [tuple(level.shape[1:]) for level in views] == fitted.extractor.shapes
+    for level, seen in zip(levels, views[3:], strict=True):
+        torch.testing.assert_close(seen, F.avg_pool2d(level, 3, stride=1, padding=1, count_include_pad=False))
+
+
+def test_a_backbone_that_takes_one_size_alone_has_one_view():
+    detector = build_detector("feature_autoencoder", config_of(backbone="test_vit"), "none")
+    assert len(detector.filters) == 1
 
 
 def test_of_a_backbone_with_many_channels_some_are_drawn():
@@ -148,7 +185,7 @@ def test_of_a_backbone_with_many_channels_some_are_drawn():
         detector = build_detector("feature_autoencoder", config_of(backbone="test_vit"), "none")
         torch.manual_seed(0)
         fit_detector(detector, [draw_stripes(10)], seed=seed)
-        return detector.chosen.tolist()
+        return detector.filters[0].chosen.tolist()
 
     assert len(set(fit(0))) == MOST_CHANNELS
     assert fit(0) == fit(0) != fit(1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loupe.errors import DataError
-from loupe.models.detectors.features import FeatureConfig, FeatureExtractor, Features
+from loupe.models.detectors.features import FeatureConfig, FeatureExtractor, Features, depends_on_size
 from loupe.models.files import save_model
 from loupe.models.weights import build_backbone, build_options
 
@@ -75,14 +75,19 @@ class TrainedDetector(Detector):
 
 
 class FeatureDetector(Detector):
-    """A detector that works on the features of a frozen backbone and is fitted in closed form."""
+    """A detector that works on the features of a frozen backbone and is fitted in closed form.
+
+    It looks at so many views of each image as `num_views` says, where its backbone takes more than one size.
+    """
 
     config_type = FeatureConfig
+    num_views: ClassVar[int] = 1
 
     def __init__(self, config: FeatureConfig, backbone: nn.Module) -> None:
         super().__init__()
         self.config = config
-        self.extractor = FeatureExtractor(config, backbone)
+        num_views = 1 if depends_on_size(config) else self.num_views
+        self.extractor = FeatureExtractor(config, backbone, num_views)
 
     @classmethod
     def build(cls, config: FeatureConfig, weights: str) -> "FeatureDetector":
@@ -109,7 +114,7 @@ class FeatureDetector(Detector):
         return scores, F.interpolate(maps[:, None], images.shape[2:], mode="bilinear")[:, 0]
 
     def embed(self, images: UInt8[Tensor, "batch channels height width"]) -> Float[Tensor, "batch num_values"]:
-        """The means of all channels of all levels, finest first."""
+        """The means of all channels of all levels, finest first, one view after the other."""
         return torch.cat([level.mean(dim=(2, 3)) for level in self.extractor(images)], dim=1)
 
 

@@ -14,15 +14,12 @@ from torch.nn import functional as F
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from loupe.models.detectors.base import TrainedDetector
-from loupe.models.detectors.features import FeatureConfig, FeatureExtractor, Features
+from loupe.models.detectors.features import FeatureConfig, FeatureExtractor, Features, Shape
 from loupe.models.weights import build_backbone, build_options
 
-LEVELS = slice(0, 3)  # of a convolutional network the strides 4, 8 and 16, as in the paper
 MOST_CHANNELS = 256  # between the levels of the decoder: the levels of large backbones are rebuilt from fewer
 BLUR_PLACES, BLUR_KERNEL = 1.0, 5  # the paper's 4 pixels at stride 4
 TOP_PART = 0.01  # of an image's places; the paper's maximum was the noisier on normal images with synthetic defects
-
-Shape = tuple[int, int, int]  # channels, rows and columns of a level
 
 
 class Bottleneck(nn.Module):
@@ -78,7 +75,7 @@ class DeepFeatureAutoencoder(TrainedDetector):
         super().__init__()
         self.config = config
         self.extractor = FeatureExtractor(config, backbone)
-        shapes = self.extractor.shapes[LEVELS]
+        shapes = self.extractor.shapes
         widths = [min(channels, MOST_CHANNELS) for channels, _, _ in shapes]
         code_channels = 2 * widths[-1]
         self.bottleneck = Bottleneck(shapes, code_channels)
@@ -98,7 +95,7 @@ class DeepFeatureAutoencoder(TrainedDetector):
     ) -> list[Float[Tensor, "batch _rows _columns"]]:
         """Of each level, finest first: 1 - cosine similarity of a place's features to those rebuilt, in [0, 2]."""
         with torch.no_grad():
-            levels = self.extractor(images)[LEVELS]
+            levels = self.extractor(images)
         values, rebuilt = self.bottleneck(levels), []
         for step in self.decoder:
             values, level = step(values)
@@ -123,5 +120,5 @@ class DeepFeatureAutoencoder(TrainedDetector):
 
     def embed(self, images: UInt8[Tensor, "batch channels height width"]) -> Float[Tensor, "batch num_values"]:
         """The code's mean over all places."""
-        code: Tensor = self.bottleneck(self.extractor(images)[LEVELS])
+        code: Tensor = self.bottleneck(self.extractor(images))
         return code.mean(dim=(2, 3))

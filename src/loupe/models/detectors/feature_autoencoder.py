@@ -7,6 +7,9 @@ To look for errors of rebuilt features is after FRE (Ndiour et al., 2022), to do
 (Defard et al., 2021, arXiv:2011.08785).
 """
 
+import math
+from typing import TypeVar
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -14,74 +17,127 @@ from torch.nn import functional as F
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from loupe.models.detectors.base import Batches, FeatureDetector
-from loupe.models.detectors.features import FeatureConfig, Features, concatenate_levels
+from loupe.models.detectors.features import FeatureConfig, Features, Shape, concatenate_levels
 
-NUM_LEVELS = 3  # strides 4, 8 and 16: the coarsest can't see what is small
+T = TypeVar("T")
+
 MOST_CHANNELS = 180  # more are drawn from: each place keeps a square matrix of them
 RIDGE = 1e-4  # of the mean variance, for channels that never vary; rounding to float32 is below it
 # Chosen on normal images with synthetic defects, none of them of a test set.
 NOISE_IMAGES = 30  # at each place, the noise weighs as much as so many of its images
 LEAST_NOISE = 0.5  # of a usual place's, where normal images are all alike
+COARSE_WEIGHT = 0.5  # of the errors at half the size, where large defects are found and small ones lost
 TOP_PLACES = 4  # of an image: the largest error alone is noisy, the mean of many loses small defects
 BLUR_PLACES, BLUR_KERNEL = 1.0, 5
 
 
-class FeatureAutoencoder(FeatureDetector):
-    """The map is the square root of each place's error, the anomaly score the mean of an image's largest.
+class WienerFilter(nn.Module):
+    """The filter of each place of one view.
 
     The noise varies as all places do together, as strongly as the place itself: what its few images can't show, a
     place borrows from the others.
     """
 
-    name = "feature_autoencoder"
-    least_images = 10
-
     chosen: Tensor
     mean: Tensor
     whitening: Tensor
 
+    def __init__(self, shapes: list[Shape]) -> None:
+        """Its places are those of the second of these levels."""
+        super().__init__()
+        self.num_channels = sum(channels for channels, _, _ in shapes)
+        self.places = shapes[1][1:]
+        num_places, num_chosen = math.prod(self.places), min(MOST_CHANNELS, self.num_channels)
+        self.register_buffer("chosen", torch.arange(num_chosen))
+        self.register_buffer("mean", torch.zeros(num_places, num_chosen, 1))
+        self.register_buffer("whitening", torch.zeros(num_places, num_chosen, num_chosen))
+
+    def draw_channels(self, generator: torch.Generator) -> None:
+        drawn = torch.randperm(self.num_channels, generator=generator)[: len(self.chosen)]
+        self.chosen = drawn.to(self.mean.device)
+
+    def fit(self, moments: "Moments") -> None:
+        """To those of what it selects."""
+        self.mean = moments.compute_mean()
+        self.whitening = compute_whitening(moments.pop_covariance(), NOISE_IMAGES / moments.count)
+
+    def select(self, features: Features) -> Float[Tensor, "num_places channels batch"]:
+        """What it looks at of the view's features."""
+        finest = F.adaptive_avg_pool2d(features[0], self.places)
+        levels = concatenate_levels([finest, *features[1:]]).index_select(1, self.chosen)
+        return levels.flatten(2).permute(2, 1, 0)
+
+    def forward(self, features: Features) -> Float[Tensor, "batch rows columns"]:
+        """The error of each place."""
+        whitened = self.whitening @ (self.select(features) - self.mean)
+        errors: Tensor = whitened.square().sum(dim=1).T.unflatten(1, self.places)
+        return errors
+
+
+class Moments:
+    """Mean and covariance of each place, from batches that come once.
+
+    The sums are in float32, as they are the largest thing in memory; those of differences to the mean of the first
+    batch keep their digits.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, places: Float[Tensor, "num_places channels batch"]) -> None:
+        if self.count == 0:
+            self.start = places.mean(dim=2, keepdim=True)
+            self.total, self.outer = torch.zeros_like(self.start), torch.zeros_like(self.start @ self.start.mT)
+        differences = places - self.start
+        self.count += places.shape[2]
+        self.total += differences.sum(dim=2, keepdim=True)
+        self.outer += differences @ differences.mT
+
+    def compute_mean(self) -> Float[Tensor, "num_places channels 1"]:
+        return self.start + self.total / self.count
+
+    def pop_covariance(self) -> Float[Tensor, "num_places channels channels"]:
+        """Once, as it takes the place of the sums."""
+        mean = self.total / self.count
+        return self.outer.div_(self.count).sub_(mean @ mean.mT)
+
+
+class FeatureAutoencoder(FeatureDetector):
+    """The map is the square root of each place's error, the views' added up; the score the mean of the largest."""
+
+    name = "feature_autoencoder"
+    least_images = 10
+    num_views = 2
+
     def __init__(self, config: FeatureConfig, backbone: nn.Module) -> None:
         super().__init__(config, backbone)
-        self.num_channels = sum(channels for channels, _, _ in self.extractor.shapes[:NUM_LEVELS])
-        _, rows, columns = self.extractor.shapes[1]
-        self.places = rows, columns
-        num_chosen = min(MOST_CHANNELS, self.num_channels)
-        self.register_buffer("chosen", torch.arange(num_chosen))
-        self.register_buffer("mean", torch.zeros(rows * columns, num_chosen, 1))
-        self.register_buffer("whitening", torch.zeros(rows * columns, num_chosen, num_chosen))
+        self.filters = nn.ModuleList(map(WienerFilter, self._split(self.extractor.shapes)))
+
+    def _split(self, levels: list[T]) -> list[list[T]]:
+        """Those of each view."""
+        num_levels = len(levels) // self.extractor.num_views
+        return [levels[start : start + num_levels] for start in range(0, len(levels), num_levels)]
 
     @torch.no_grad()
     def fit_features(self, batches: Batches, generator: torch.Generator) -> None:
-        """One pass, but that the first images are looked at twice.
-
-        The sums are in float32, as they are the largest thing in memory; those of differences to the mean of the first
-        images keep their digits.
-        """
-        self.chosen = torch.randperm(self.num_channels, generator=generator)[: len(self.chosen)].to(self.mean.device)
-        start = self._select(next(iter(batches()))).mean(dim=2, keepdim=True)
-        count, total, outer = 0, torch.zeros_like(self.mean), torch.zeros_like(self.whitening)
+        """One pass."""
+        for wiener in self.filters:
+            wiener.draw_channels(generator)  # type: ignore[operator]
+        moments = [Moments() for _ in self.filters]
         for features in batches():
-            places = self._select(features) - start
-            count += places.shape[2]
-            total += places.sum(dim=2, keepdim=True)
-            outer += places @ places.transpose(1, 2)
-        total /= count
-        self.mean = start + total
-        covariance = outer.div_(count).sub_(total @ total.transpose(1, 2))
-        self.whitening = compute_whitening(covariance, NOISE_IMAGES / count)
-
-    def _select(self, features: Features) -> Float[Tensor, "num_places channels batch"]:
-        finest = F.adaptive_avg_pool2d(features[0], self.places)
-        levels = concatenate_levels([finest, *features[1:NUM_LEVELS]]).index_select(1, self.chosen)
-        return levels.flatten(2).permute(2, 1, 0)
+            for wiener, view, sums in zip(self.filters, self._split(features), moments, strict=True):
+                sums.add(wiener.select(view))  # type: ignore[operator]
+        for wiener, sums in zip(self.filters, moments, strict=True):
+            wiener.fit(sums)  # type: ignore[operator]
 
     def score_features(self, features: Features) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch rows columns"]]:
-        whitened = self.whitening @ (self._select(features) - self.mean)
-        errors = whitened.square().sum(dim=1).sqrt().T
-        top = errors.topk(min(TOP_PLACES, errors.shape[1])).values.mean(dim=1)
-        maps = errors.unflatten(1, self.places)
-        blurred = gaussian_blur(maps[:, None], [BLUR_KERNEL] * 2, [BLUR_PLACES] * 2)
-        return top, blurred[:, 0]
+        energy, *coarse = (wiener(view) for wiener, view in zip(self.filters, self._split(features), strict=True))
+        for errors in coarse:
+            enlarged = F.interpolate(errors[:, None], energy.shape[1:], mode="bilinear")[:, 0]
+            energy = energy + COARSE_WEIGHT * enlarged
+        errors = energy.sqrt()
+        top = errors.flatten(1).topk(min(TOP_PLACES, errors[0].numel())).values.mean(dim=1)
+        return top, gaussian_blur(errors[:, None], [BLUR_KERNEL] * 2, [BLUR_PLACES] * 2)[:, 0]
 
 
 def compute_whitening(

@@ -1,6 +1,7 @@
 """Features of a frozen pretrained backbone at several scales: what the detectors that don't look at pixels look at."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float, UInt8
@@ -10,10 +11,12 @@ from torch.nn import functional as F
 from loupe.errors import ConfigError
 from loupe.models.input_size import build_shapes, check_input_size
 from loupe.models.preprocess import Preprocess
+from loupe.models.weights import build_options
 
-NUM_LEVELS = 4  # of a convolutional network the strides 4, 8, 16 and 32
+LEVELS = [-4, -3, -2]  # of a convolutional network the strides 4, 8 and 16: the coarsest can't see what is small
 LEAST_PLACES = 2  # rows and columns of the coarsest level
 
+Shape = tuple[int, int, int]  # channels, rows, columns
 Features = list[Float[Tensor, "batch _channels _rows _columns"]]
 
 
@@ -33,19 +36,27 @@ class FeatureConfig:
 
 
 class FeatureExtractor(nn.Module):
-    """uint8 images to features of the backbone's last NUM_LEVELS levels, finest first.
+    """uint8 images to features of the backbone's last levels but one, finest first.
 
     Each is averaged over its 3 x 3 neighbourhood, as in PatchCore (Roth et al., 2022, arXiv:2106.08265).
+
+    `shapes` are the channels, rows and columns of each level. They begin with those of the images; where there are two
+    views, as many follow of the images at half the size, in which the same levels see more.
     """
 
-    def __init__(self, config: FeatureConfig, backbone: nn.Module) -> None:
-        """Takes the backbone whole, and leaves out of it what comes after the last level."""
+    def __init__(self, config: FeatureConfig, backbone: nn.Module, num_views: int = 1) -> None:
+        """Takes the backbone whole, and leaves out of it what comes after the last level.
+
+        Raises:
+            ConfigError: if the input is too small, or the backbone gives no features at several levels.
+        """
         super().__init__()
         channels = len(config.mean)
         self.preprocess = Preprocess(config.crop, config.size, channels, config.mean, config.std)
-        self.levels: list[int] = backbone.prune_intermediate_layers(NUM_LEVELS, prune_head=True)  # type: ignore[operator]
+        self.num_views = num_views
+        self.shapes = measure_levels(config, num_views)
+        self.levels = _prune(backbone)
         self.backbone = backbone.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.shapes = measure_levels(config)
 
     @property
     def device(self) -> torch.device:
@@ -57,14 +68,32 @@ class FeatureExtractor(nn.Module):
         return super().train(False)
 
     def forward(self, images: UInt8[Tensor, "batch channels height width"]) -> Features:
-        maps = self.backbone.forward_intermediates(  # type: ignore[operator]
-            self.preprocess(images), indices=self.levels, intermediates_only=True
-        )
-        return [F.avg_pool2d(level, 3, stride=1, padding=1, count_include_pad=False) for level in maps]
+        inputs = self.preprocess(images)
+        views = (inputs if view == 0 else F.avg_pool2d(inputs, 2**view) for view in range(self.num_views))
+        levels = (level for view in views for level in _run(self.backbone, view, self.levels))
+        return [F.avg_pool2d(level, 3, stride=1, padding=1, count_include_pad=False) for level in levels]
 
 
-def measure_levels(config: FeatureConfig) -> list[tuple[int, int, int]]:
-    """Channels, rows and columns of each level, finest first.
+def _prune(backbone: nn.Module) -> list[int]:
+    """Cut off what comes after the last of LEVELS; their positions among all levels."""
+    levels: list[int] = backbone.prune_intermediate_layers(LEVELS, prune_head=True)  # type: ignore[operator]
+    return levels
+
+
+def _run(backbone: nn.Module, inputs: Tensor, levels: list[int]) -> list[Tensor]:
+    maps: list[Tensor] = backbone.forward_intermediates(  # type: ignore[operator]
+        inputs, indices=levels, intermediates_only=True
+    )
+    return maps
+
+
+def depends_on_size(config: FeatureConfig) -> bool:
+    """Whether the backbone sees images of one size alone, as transformers with fixed positions do."""
+    return "img_size" in build_options(config.backbone, config.size, len(config.mean))
+
+
+def measure_levels(config: FeatureConfig, num_views: int = 1) -> list[Shape]:
+    """Channels, rows and columns of each level, finest first, one view after the other.
 
     Raises:
         WeightsError: if timm has no such backbone.
@@ -76,16 +105,16 @@ def measure_levels(config: FeatureConfig) -> list[tuple[int, int, int]]:
     network = build_shapes(config.backbone, config.size, channels)
     if not hasattr(network, "prune_intermediate_layers"):
         raise ConfigError(f"timm's {config.backbone} gives no features at several levels: choose another backbone")
-    levels = network.prune_intermediate_layers(NUM_LEVELS, prune_head=True)  # type: ignore[operator]
-    blank = torch.empty(1, channels, height, width, device="meta")
-    maps = network.forward_intermediates(blank, indices=levels, intermediates_only=True)  # type: ignore[operator]
-    if min(maps[-1].shape[2:]) < LEAST_PLACES:
-        stride = -(-height // maps[-1].shape[2])
+    levels = _prune(network)
+    blanks = [torch.empty(1, channels, height >> view, width >> view, device="meta") for view in range(num_views)]
+    shapes = [tuple(level.shape[1:]) for blank in blanks for level in _run(network, blank, levels)]
+    if min(shapes[-1][1:]) < LEAST_PLACES:
+        least = LEAST_PLACES * -(-height // shapes[-1][1])
         raise ConfigError(
-            f"features of {config.backbone} need images of at least {LEAST_PLACES * stride} x {LEAST_PLACES * stride} "
-            f"pixels, got {height} x {width}: choose a larger input size"
+            f"features of {config.backbone} need images of at least {least} x {least} pixels, got {height} x {width}: "
+            f"choose a larger input size"
         )
-    return [tuple(level.shape[1:]) for level in maps]
+    return cast("list[Shape]", shapes)
 
 
 def concatenate_levels(features: Features) -> Float[Tensor, "batch all_channels rows columns"]:

@@ -8,8 +8,8 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from loupe.models.detectors.base import Batches, FeatureDetector
 from loupe.models.detectors.features import FeatureConfig, Features, concatenate_levels
 
-# As in the paper: the levels but the coarsest, channels drawn at random, and what is added to each variance.
-NUM_LEVELS, NUM_CHANNELS, RIDGE = 3, 100, 0.01
+# As in the paper: channels drawn at random, and what is added to each variance.
+NUM_CHANNELS, RIDGE = 100, 0.01
 BLUR_PLACES, BLUR_KERNEL = 1.0, 9
 
 
@@ -25,7 +25,7 @@ class Padim(FeatureDetector):
 
     def __init__(self, config: FeatureConfig, backbone: nn.Module) -> None:
         super().__init__(config, backbone)
-        self.num_channels = sum(channels for channels, _, _ in self.extractor.shapes[:NUM_LEVELS])
+        self.num_channels = sum(channels for channels, _, _ in self.extractor.shapes)
         _, rows, columns = self.extractor.shapes[0]
         num_chosen = min(NUM_CHANNELS, self.num_channels)
         self.register_buffer("chosen", torch.arange(num_chosen))
@@ -50,7 +50,7 @@ class Padim(FeatureDetector):
         self.whitening = torch.linalg.solve_triangular(factor, torch.eye(len(self.chosen), device=device), upper=False)
 
     def _select(self, features: Features) -> Float[Tensor, "batch num_places channels"]:
-        levels = concatenate_levels(features[:NUM_LEVELS]).index_select(1, self.chosen)
+        levels = concatenate_levels(features).index_select(1, self.chosen)
         return levels.flatten(2).transpose(1, 2)
 
     def score_features(self, features: Features) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch rows columns"]]:
