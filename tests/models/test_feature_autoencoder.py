@@ -150,7 +150,7 @@ def test_the_errors_of_both_views_add_up_the_score_is_the_mean_of_the_largest_an
     features = fitted.extractor(spoil(draw_stripes(2, seed=1)))
     views = features[:3], features[3:]
     fine, coarse = (
-        torch.einsum("pcd,bpd->bpc", wiener.whitening, (wiener.select(view) - wiener.mean).permute(2, 0, 1))
+        torch.einsum("pcd,bpd->bpc", wiener.whitening, (wiener.select(view) - wiener.mean).transpose(0, 1))
         .square()
         .sum(dim=2)
         for wiener, view in zip(fitted.filters, views, strict=True)

@@ -49,7 +49,7 @@ class WienerFilter(nn.Module):
         self.places = shapes[1][1:]
         num_places, num_chosen = math.prod(self.places), min(MOST_CHANNELS, self.num_channels)
         self.register_buffer("chosen", torch.arange(num_chosen))
-        self.register_buffer("mean", torch.zeros(num_places, num_chosen, 1))
+        self.register_buffer("mean", torch.zeros(num_places, 1, num_chosen))
         self.register_buffer("whitening", torch.zeros(num_places, num_chosen, num_chosen))
 
     def draw_channels(self, generator: torch.Generator) -> None:
@@ -61,15 +61,15 @@ class WienerFilter(nn.Module):
         self.mean = moments.compute_mean()
         self.whitening = compute_whitening(moments.pop_covariance(), NOISE_IMAGES / moments.count)
 
-    def select(self, features: Features) -> Float[Tensor, "num_places channels batch"]:
-        """What it looks at of the view's features."""
+    def select(self, features: Features) -> Float[Tensor, "num_places batch channels"]:
+        """What it looks at of the view's features. Matrices are read fastest where each vector is a row."""
         finest = F.adaptive_avg_pool2d(features[0], self.places)
         levels = concatenate_levels([finest, *features[1:]]).index_select(1, self.chosen)
-        return levels.flatten(2).permute(2, 1, 0)
+        return levels.flatten(2).permute(2, 0, 1).contiguous()
 
     def forward(self, features: Features) -> Float[Tensor, "batch rows columns"]:
         """The error of each place."""
-        whitened = self.whitening @ (self.select(features) - self.mean)
+        whitened = self.whitening @ (self.select(features) - self.mean).mT
         errors: Tensor = whitened.square().sum(dim=1).T.unflatten(1, self.places)
         return errors
 
@@ -84,22 +84,22 @@ class Moments:
     def __init__(self) -> None:
         self.count = 0
 
-    def add(self, places: Float[Tensor, "num_places channels batch"]) -> None:
+    def add(self, places: Float[Tensor, "num_places batch channels"]) -> None:
         if self.count == 0:
-            self.start = places.mean(dim=2, keepdim=True)
-            self.total, self.outer = torch.zeros_like(self.start), torch.zeros_like(self.start @ self.start.mT)
+            self.start = places.mean(dim=1, keepdim=True)
+            self.total, self.outer = torch.zeros_like(self.start), torch.zeros_like(self.start.mT @ self.start)
         differences = places - self.start
-        self.count += places.shape[2]
-        self.total += differences.sum(dim=2, keepdim=True)
-        self.outer += differences @ differences.mT
+        self.count += places.shape[1]
+        self.total += differences.sum(dim=1, keepdim=True)
+        self.outer += differences.mT @ differences
 
-    def compute_mean(self) -> Float[Tensor, "num_places channels 1"]:
+    def compute_mean(self) -> Float[Tensor, "num_places 1 channels"]:
         return self.start + self.total / self.count
 
     def pop_covariance(self) -> Float[Tensor, "num_places channels channels"]:
-        """Once, as it takes the place of the sums."""
+        """Can be called once: it takes the place of the sums, as there is seldom room for two."""
         mean = self.total / self.count
-        return self.outer.div_(self.count).sub_(mean @ mean.mT)
+        return self.outer.div_(self.count).sub_(mean.mT @ mean)
 
 
 class FeatureAutoencoder(FeatureDetector):
