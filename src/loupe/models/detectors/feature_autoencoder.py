@@ -59,10 +59,11 @@ class WienerFilter(nn.Module):
     def fit(self, moments: "Moments") -> None:
         """To those of what it selects."""
         self.mean = moments.compute_mean()
-        self.whitening = compute_whitening(moments.pop_covariance(), NOISE_IMAGES / moments.count)
+        whitening = compute_whitening(moments.pop_covariance(), NOISE_IMAGES / moments.count)
+        self.whitening.copy_(whitening)  # row by row, as they are read fastest
 
     def select(self, features: Features) -> Float[Tensor, "num_places batch channels"]:
-        """What it looks at of the view's features. Matrices are read fastest where each vector is a row."""
+        """What it looks at of the view's features."""
         finest = F.adaptive_avg_pool2d(features[0], self.places)
         levels = concatenate_levels([finest, *features[1:]]).index_select(1, self.chosen)
         return levels.flatten(2).permute(2, 0, 1).contiguous()
