@@ -188,6 +188,21 @@ def test_nothing_to_score_is_said(tmp_path):
         list_source(tmp_path / "gone")
 
 
+def test_a_table_keeps_its_groups(store, images):
+    paths = ["a/0.png", "a/1.png", "b/4.png"]
+    pd.DataFrame({"path": paths, "group": ["part 1", "part 1", None], "note": "x"}).to_csv(
+        images / "parts.csv", index=False
+    )
+    try:
+        _, table = score(store, images / "parts.csv")
+    finally:
+        (images / "parts.csv").unlink()
+    assert table["path"].tolist() == paths
+    assert table["group"].tolist()[:2] == ["part 1"] * 2
+    assert pd.isna(table["group"][2])
+    assert "note" not in table
+
+
 @pytest.fixture(scope="module")
 def server(store):
     """MLflow's own server of the detector's champion, on loopback."""

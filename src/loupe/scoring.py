@@ -84,9 +84,10 @@ def score_and_tell(request: Request) -> None:
 def score_images(request: Request) -> Scored:
     """Write one row an image to `request.out`, a Parquet or CSV file, whole.
 
-    The columns are `path`; of a classifier `predicted`, `probability_<label>` and `classifier`, its version; of a
-    detector `anomaly_score`, `is_anomalous`, `threshold` and `detector`; `embedding` where it is asked for, the
-    detector's if there is one; and `problem`, why an image could not be read, null where it could.
+    The columns are `path` and, where the source is a table that has it, `group`; of a classifier `predicted`,
+    `probability_<label>` and `classifier`, its version; of a detector `anomaly_score`, `is_anomalous`, `threshold` and
+    `detector`; `embedding` where it is asked for, the detector's if there is one; and `problem`, why an image could not
+    be read, null where it could.
 
     Raises:
         DataError: if there is nothing to score.
@@ -94,14 +95,14 @@ def score_images(request: Request) -> Scored:
         TrackingError: if there is no such model.
     """
     _check(request)
-    root, paths = list_source(request.source)
+    root, images = list_source(request.source)
     scorers = load_scorers(request)
-    parts = _open_parts(request, root, paths, scorers)
-    for number, start in enumerate(range(0, len(paths), PART_SIZE)):
+    parts = _open_parts(request, root, images, scorers)
+    for number, start in enumerate(range(0, len(images), PART_SIZE)):
         part = parts / f"{number:06d}.parquet"
         if not part.exists():
-            save_table(_score_part(request, root, paths[start : start + PART_SIZE], scorers), part)
-            log.info("%d of %d images", min(start + PART_SIZE, len(paths)), len(paths))
+            save_table(_score_part(request, root, images[start : start + PART_SIZE], scorers), part)
+            log.info("%d of %d images", min(start + PART_SIZE, len(images)), len(images))
     scored = _join(parts, request.out, tuple(scorer.version for scorer in scorers))
     shutil.rmtree(parts)
     return scored
@@ -116,11 +117,12 @@ def _check(request: Request) -> None:
         raise ConfigError("a threshold and a false-alarm rate are two ways to set the same: give one of them")
 
 
-def list_source(source: Path) -> tuple[Path, list[str]]:
-    """A folder, and the paths of images below it: of one image, of a folder of any depth, or of a table.
+def list_source(source: Path) -> tuple[Path, pd.DataFrame]:
+    """A folder, and the `path` of each image below it: of one image, of a folder of any depth, or of a table.
 
-    A table is a CSV or Parquet file with the column `path`, relative to the table's folder; what it names and is not
-    there becomes a row with that problem.
+    A table is a CSV or Parquet file with the column `path`, relative to the table's folder, and perhaps `group`, which
+    images of one part or patient share and which is kept; what it names and is not there becomes a row with that
+    problem.
 
     Raises:
         DataError: if there is none.
@@ -129,15 +131,17 @@ def list_source(source: Path) -> tuple[Path, list[str]]:
         table = TABLE_READERS[source.suffix.lower()](source)
         if "path" not in table:
             raise DataError(f"{source} has no column `path`, but {', '.join(map(str, table.columns))}")
-        root, paths = source.parent, [str(path) for path in table["path"].dropna()]
+        table = table.loc[table["path"].notna(), [name for name in ("path", "group") if name in table]]
+        root, images = source.parent, table.astype("str").where(table.notna()).reset_index(drop=True)
     elif source.is_file():
-        root, paths = source.parent, [source.name]
+        root, images = source.parent, pd.DataFrame({"path": [source.name]})
     else:
         files, _ = list_files(source)
-        root, paths = source, [path for path in files if path.lower().endswith(SUFFIXES)]
-    if not paths:
+        paths = [path for path in files if path.lower().endswith(SUFFIXES)]
+        root, images = source, pd.DataFrame({"path": paths}, dtype="str")
+    if images.empty:
         raise DataError(f"{source} names no images: expected files that end in {', '.join(SUFFIXES)}")
-    return root, paths
+    return root, images
 
 
 def load_scorers(request: Request) -> list[Scorer]:
@@ -166,12 +170,12 @@ def load_scorers(request: Request) -> list[Scorer]:
     return scorers
 
 
-def _open_parts(request: Request, root: Path, paths: Sequence[str], scorers: Sequence[Scorer]) -> Path:
+def _open_parts(request: Request, root: Path, images: pd.DataFrame, scorers: Sequence[Scorer]) -> Path:
     """A folder beside the table for its parts; those that an equal request left there are kept, others removed."""
     parts = request.out.with_name(f"{request.out.name}.parts")
     facts = {key: str(value) for key, value in asdict(request).items()}
     facts |= {"versions": ", ".join(scorer.version for scorer in scorers), "root": str(root.resolve())}
-    facts["paths"] = hashlib.sha256("\n".join(paths).encode()).hexdigest()
+    facts["images"] = hashlib.sha256(images.to_csv(index=False).encode()).hexdigest()
     known = parts / "request.json"
     if parts.exists() and not (known.exists() and json.loads(known.read_text(encoding="utf-8")) == facts):
         shutil.rmtree(parts)
@@ -179,9 +183,9 @@ def _open_parts(request: Request, root: Path, paths: Sequence[str], scorers: Seq
     return parts
 
 
-def _score_part(request: Request, root: Path, paths: Sequence[str], scorers: Sequence[Scorer]) -> pd.DataFrame:
+def _score_part(request: Request, root: Path, images: pd.DataFrame, scorers: Sequence[Scorer]) -> pd.DataFrame:
+    paths, rows = list(images["path"]), images.reset_index(drop=True)
     contents = [_read(root / path) for path in paths]
-    rows = pd.DataFrame({"path": paths})
     for scorer in scorers:
         options = Options(embeddings=request.embeddings)
         if scorer.task == "detector":
