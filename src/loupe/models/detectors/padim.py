@@ -47,7 +47,8 @@ class Padim(FeatureDetector):
         covariance = (outer - count * self.mean[:, :, None] * self.mean[:, None, :]) / (count - 1)
         ridge = RIDGE * torch.eye(len(self.chosen), device=device)
         factor = torch.linalg.cholesky(covariance + ridge)
-        self.whitening = torch.linalg.solve_triangular(factor, torch.eye(len(self.chosen), device=device), upper=False)
+        identity = torch.eye(len(self.chosen), device=device)
+        self.whitening.copy_(torch.linalg.solve_triangular(factor, identity, upper=False))  # row by row, read fastest
 
     def _select(self, features: Features) -> Float[Tensor, "batch num_places channels"]:
         levels = concatenate_levels(features).index_select(1, self.chosen)
