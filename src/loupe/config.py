@@ -126,8 +126,8 @@ class TrainClassifier(Section):
     weight_decay: NotNegative
     l1: NotNegative
     label_smoothing: Fraction
-    mixup: NotNegative | Auto
-    cutmix: NotNegative | Auto
+    mixup: NotNegative
+    cutmix: NotNegative
     ema_decay: Fraction | Auto
     class_weights: Literal["none", "balanced"]
     accumulate: PositiveInt
