@@ -76,13 +76,15 @@ def check_backbone(name: str) -> None:
 
 
 def build_options(name: str, size: tuple[int, int], channels: int) -> dict[str, Any]:
-    """What timm's constructor is told of images of size (height, width) in pixels.
+    """What timm's constructor is told of images of size (height, width) in pixels."""
+    return {"in_chans": channels, **({"img_size": size} if depends_on_size(name) else {})}
 
-    The size goes only to networks whose layers depend on it, which timm marks by `fixed_input_size`.
-    """
+
+def depends_on_size(name: str) -> bool:
+    """Whether the network's layers are made for images of one size, as those of most transformers are."""
     config = timm.get_pretrained_cfg(name)
     assert config is not None  # every registered model has one
-    return {"in_chans": channels, **({"img_size": size} if config.fixed_input_size else {})}
+    return bool(config.fixed_input_size)
 
 
 def describe_source(name: str, weights: str) -> str:

@@ -21,7 +21,7 @@ from loupe.models.classifiers import (
     save_classifier,
 )
 from loupe.models.optimization import check_optimizer
-from loupe.models.weights import build_options, describe_source
+from loupe.models.weights import depends_on_size, describe_source
 from loupe.stages.entry import run_stage, save_json
 from loupe.stages.files import MODELS, PREPARED, SKIPPED, TASKS
 from loupe.stages.recording import finish_recording, load_policy, open_memory, record_training
@@ -110,8 +110,7 @@ def _choose_size(section: Section, prepared: Prepared) -> tuple[int, int]:
     geometry = prepared.geometry
     size, crop = (geometry.input_height, geometry.input_width), (geometry.crop_height, geometry.crop_width)
     native = get_data_config(section.backbone).input_size
-    depends_on_size = "img_size" in build_options(section.backbone, size, geometry.channels)
-    if not _is_few(section, prepared) or depends_on_size or not size == crop == (native, native):
+    if not _is_few(section, prepared) or depends_on_size(section.backbone) or not size == crop == (native, native):
         return size
     side = 32 * round(native * ENLARGEMENT / 32)
     return side, side

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loupe.errors import DataError
-from loupe.models.detectors.features import FeatureConfig, FeatureExtractor, Features, depends_on_size
+from loupe.models.detectors.features import FeatureConfig, FeatureExtractor, Features
 from loupe.models.files import save_model
-from loupe.models.weights import build_backbone, build_options
+from loupe.models.weights import build_backbone, build_options, depends_on_size
 
 Images = Iterable[UInt8[Tensor, "_batch channels height width"]]
 Batches = Callable[[], Iterable[Features]]
@@ -86,7 +86,7 @@ class FeatureDetector(Detector):
     def __init__(self, config: FeatureConfig, backbone: nn.Module) -> None:
         super().__init__()
         self.config = config
-        num_views = 1 if depends_on_size(config) else self.num_views
+        num_views = 1 if depends_on_size(config.backbone) else self.num_views
         self.extractor = FeatureExtractor(config, backbone, num_views)
 
     @classmethod

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from loupe.errors import ConfigError
 from loupe.models.input_size import build_shapes, check_input_size
 from loupe.models.preprocess import Preprocess
-from loupe.models.weights import build_options
 
 LEVELS = [-4, -3, -2]  # of a convolutional network the strides 4, 8 and 16: the coarsest can't see what is small
 LEAST_PLACES = 2  # rows and columns of the coarsest level
@@ -69,8 +68,8 @@ class FeatureExtractor(nn.Module):
 
     def forward(self, images: UInt8[Tensor, "batch channels height width"]) -> Features:
         inputs = self.preprocess(images)
-        views = (inputs if view == 0 else F.avg_pool2d(inputs, 2**view) for view in range(self.num_views))
-        levels = (level for view in views for level in _run(self.backbone, view, self.levels))
+        views = [inputs, *(F.avg_pool2d(inputs, 2**halvings) for halvings in range(1, self.num_views))]
+        levels = [level for view in views for level in _run(self.backbone, view, self.levels)]
         return [F.avg_pool2d(level, 3, stride=1, padding=1, count_include_pad=False) for level in levels]
 
 
@@ -85,11 +84,6 @@ def _run(backbone: nn.Module, inputs: Tensor, levels: list[int]) -> list[Tensor]
         inputs, indices=levels, intermediates_only=True
     )
     return maps
-
-
-def depends_on_size(config: FeatureConfig) -> bool:
-    """Whether the backbone sees images of one size alone, as transformers with fixed positions do."""
-    return "img_size" in build_options(config.backbone, config.size, len(config.mean))
 
 
 def measure_levels(config: FeatureConfig, num_views: int = 1) -> list[Shape]:
