@@ -120,6 +120,11 @@ def test_an_image_stands_above_its_map_its_overlay_and_its_mask(channels):
     assert render(figure).std() > 0
 
 
+def test_where_no_image_has_a_mask_there_is_no_row_of_them():
+    figure = draw_heat_maps([show(1, None)] * 2, DisplayScale(0.25, 4.0))
+    assert [axes.get_ylabel() for axes in figure.axes[::2]] == ["original", "anomaly map", "overlay"]
+
+
 def test_where_there_is_nothing_to_show_the_picture_says_so():
     figure = draw_heat_maps([], DisplayScale(0.0, 1.0))
     assert figure.get_supxlabel() == "there are no such images"

@@ -119,12 +119,12 @@ def draw_scores(
 
 
 def draw_heat_maps(shown: Sequence[HeatMap], scale: DisplayScale) -> Figure:
-    """A column an image: what came in, its anomaly map on the display scale, both over each other, and its mask."""
-    figure = Figure(figsize=(1.6 * max(len(shown), 3) + 0.6, 7.2), layout="constrained", dpi=110)
-    rows = ("original", "anomaly map", "overlay", "mask")
+    """A column an image: what came in, its anomaly map on the display scale, both, and masks where there are any."""
+    drawn = [one.draw_parts() for one in shown]
+    rows = ["original", "anomaly map", "overlay", *(["mask"] if any("mask" in parts for parts in drawn) else [])]
+    figure = Figure(figsize=(1.6 * max(len(shown), 3) + 0.6, 1.8 * len(rows)), layout="constrained", dpi=110)
     axes = figure.subplots(len(rows), max(len(shown), 1), squeeze=False)
-    for column, one in enumerate(shown):
-        parts = one.draw_parts()
+    for column, (one, parts) in enumerate(zip(shown, drawn, strict=True)):
         for row, name in enumerate(rows):
             if name in parts:
                 axes[row, column].imshow(parts[name].squeeze(), cmap="gray", vmin=0, vmax=255)
