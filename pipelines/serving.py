@@ -160,7 +160,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=4200)
     parser.add_argument("--cron", help="in place of the schedule in prefect.yaml, such as '* * * * *'")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for ending in (signal.SIGINT, signal.SIGTERM):  # a script's background job would ignore the former
+        signal.signal(ending, signal.default_int_handler)
     try:
         serve(arguments.port, arguments.cron)
     except KeyboardInterrupt:
