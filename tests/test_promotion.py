@@ -21,7 +21,7 @@ from loupe.models.detectors.autoencoder import Autoencoder, AutoencoderConfig
 from loupe.models.detectors.base import save_detector
 from loupe.tracking import registry
 from loupe.tracking.audit import load_audit
-from loupe.tracking.runs import connect, start_run
+from loupe.tracking.runs import connect, log_results, start_run
 
 GEOMETRY = Geometry(32, 32, 3, 32, 32, 32, 32, "squash", "bilinear")
 LABELS = ["cat", "dog"] * 15  # cats are dark, and dogs are bright
@@ -74,6 +74,7 @@ class Project:
         folder = self.folder / "models/classifier"
         save_classifier(self.networks[kind], {"geometry": GEOMETRY.to_json()}, folder)
         self.log("classifier", folder)
+        self.evaluate("classifier")
         self.export("classifier", exported)
 
     def log(self, task, folder):
@@ -81,9 +82,17 @@ class Project:
             model_uri = registry.log_model(folder, sorted((self.folder / "pets").iterdir())[:2])
         self.save(f"models/{task}/run.json", {"run_id": run_id, "model_uri": model_uri})
 
+    def evaluate(self, task):
+        self.report(task, task, {f"{task}/test/num_images": len(LABELS)})
+
     def export(self, task, exported):
-        values = {f"{task}/export/{name}": value for name, value in exported.items()}
-        self.save(f"reports/metrics/{task}_export.json", values)
+        self.report(task, f"{task}_export", {f"{task}/export/{name}": value for name, value in exported.items()})
+
+    def report(self, task, name, figures):
+        """Figures as a stage leaves them, in its file and in the model's run."""
+        self.save(f"reports/metrics/{name}.json", figures)
+        run_id = json.loads((self.folder / f"models/{task}/run.json").read_text())["run_id"]
+        log_results(self.client, run_id, metrics=figures)
 
     def save(self, name, values):
         (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -122,12 +131,15 @@ def open_project(tmp_path_factory, repository, networks):
     for task in ("classifier", "detector"):
         (folder / "data/prepared" / task).mkdir(parents=True)
         save_table(pd.DataFrame(rows).assign(split="test"), folder / "data/prepared" / task / "index.parquet")
+    (folder / "data/ingest").mkdir()
+    save_table(pd.DataFrame(rows), folder / "data/ingest/manifest.parquet")
 
     def begin(name):
         torch.manual_seed(0)
         project = Project(folder, name, load_params(repository / "params.yaml"), networks)
         listing = {"name": name, "source": str(folder / "pets"), "layout": "table", "num_images": len(rows)}
         project.save("data/ingest/listing.json", {**listing, "num_quarantined": 0})
+        project.save("reports/validation.json", {"findings": []})
         project.save("models/detector/skipped.json", {"reason": "no class is normal"})
         return project
 
@@ -195,6 +207,52 @@ def test_what_may_be_luck_is_undecided_and_the_same_is_not_asked_twice(open_proj
     assert project.promote(**rules) == outcome
     assert project.actions() == ["promoted", "done", "undecided"]
     assert project.promote(max_latency_growth=100.0)["decision"] == "promoted"  # other rules are another question
+
+
+def test_what_was_trained_and_not_tested_or_exported_is_refused_before_anything_is_registered(open_project):
+    project = open_project("untested")
+    project.train("right")
+    project.promote()
+    metrics = project.folder / "reports/metrics"
+    known = {path: path.read_text() for path in metrics.iterdir()}
+    project.train("wrong")
+    for name, done in (("classifier", "tested"), ("classifier_export", "exported")):
+        path = metrics / f"{name}.json"
+        content = path.read_text()
+        path.unlink()
+        refuse_all(project, f"the classifier was trained and not {done} since, as reports/metrics/{name}.json")
+        path.write_text(content)
+    project.log("classifier", project.folder / "models/classifier")  # trained anew, and the old figures are there
+    refuse_all(project, "the classifier was trained and not tested since")
+    project.evaluate("classifier")
+    refuse_all(project, "the classifier was trained and not exported since")
+    assert {path: path.read_text() for path in metrics.iterdir()} == known
+    assert project.aliases() == {"champion": "1", "challenger": "1"}
+    assert project.actions() == ["promoted", "done"]
+
+
+def refuse_all(project, sentence):
+    for way in (
+        lambda: promotion.promote(project.params),
+        lambda: promotion.promote(project.params, dry_run=True),
+        lambda: promotion.override("classifier", "line 3 needs it"),
+    ):
+        with pytest.raises(DataError, match=sentence):
+            way()
+
+
+def test_a_model_is_not_promoted_where_its_card_or_the_other_model_fails(open_project):
+    project = open_project("halves")
+    project.train("right")
+    (project.folder / "reports/validation.json").unlink()
+    refuse_all(project, r"reports/validation\.json is missing, which a model card is made from: `dvc repro` writes it")
+    project.save("reports/validation.json", {"findings": []})
+    (project.folder / "models/detector/skipped.json").unlink()
+    (project.folder / "models/detector/run.json").unlink(missing_ok=True)
+    with pytest.raises(DataError, match="no detector was trained here"):
+        promotion.promote(project.params)
+    with pytest.raises(TrackingError, match="MLflow has no registered model 'halves-classifier'"):
+        project.actions()
 
 
 def test_a_dry_run_says_what_would_be_and_leaves_no_trace(open_project, caplog):
@@ -289,6 +347,7 @@ def test_a_detector_is_judged_by_the_scores_of_the_model_that_mlflow_loads(open_
     autoencoder = Autoencoder(AutoencoderConfig(3, 4, 2, (32, 32), (32, 32)))
     save_detector(autoencoder, {"geometry": GEOMETRY.to_json(), "threshold": 0.05}, project.folder / "models/detector")
     project.log("detector", project.folder / "models/detector")
+    project.evaluate("detector")
     project.export("detector", AGREES)
     project.promote()
     outcome = json.loads((project.folder / "reports/promotion.json").read_text())["detector"]

@@ -97,6 +97,17 @@ def attach_model_card(client: MlflowClient, name: str, version: str, task: str) 
     save_card(client, name, version, build_model_card(load_model_card(client, name, version, task)))
 
 
+def check_card_files(task: str) -> None:
+    """Refuse to go on where no card can be made of what was trained in this folder.
+
+    Raises:
+        DataError: if a file of the stages is missing.
+    """
+    for path in (MANIFEST, VALIDATION, PREPARED / task / "index.parquet", REPORTS / "metrics" / f"{task}.json"):
+        if not path.exists():
+            raise DataError(f"{path} is missing, which a model card is made from: `dvc repro` writes it")
+
+
 def build_model_card(card: ModelCard) -> str:
     """The card in Markdown."""
     shown = list(card.images.items())[:MOST_LABELS]
@@ -116,6 +127,7 @@ def escape_markdown(text: str) -> str:
 
 def load_model_card(client: MlflowClient, name: str, version: str, task: str) -> ModelCard:
     """Gather it from the stages' files, the run and the audit."""
+    check_card_files(task)
     record = find_record(client, str(client.get_model_version(name, version).run_id))
     data_set, config = load_data_set(), load_config(MODELS / task)
     index = load_table(PREPARED / task / "index.parquet")
@@ -248,8 +260,6 @@ def _describe_few(images: Mapping[str, Sequence[int]], split: str) -> str:
 
 
 def _load_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise DataError(f"{path} is missing, which a model card is made from: `dvc repro` writes it")
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return values
 

@@ -16,6 +16,7 @@ from loupe.data.split import load_tasks
 from loupe.errors import ConfigError, DataError, TrackingError
 from loupe.evaluation.agreement import Agreement
 from loupe.evaluation.promotion import Decision, HoldOut, Measured, decide_promotion
+from loupe.model_card import check_card_files
 from loupe.stages.entry import save_json
 from loupe.stages.files import LISTING, MODELS, PREPARED, PROMOTION, REPORTS, RUN, SKIPPED, TASKS, load_data_set
 from loupe.tracking import champions, registry
@@ -76,11 +77,11 @@ def promote(params: Params, dry_run: bool = False) -> None:
         dry_run: decide and say so, and neither register, move nor write anything.
 
     Raises:
-        DataError: if nothing was trained.
+        DataError: if nothing was trained, or what was trained was not tested or exported; then nothing is registered.
         TrackingError: if the MLflow store does not hold the run of a model.
     """
-    tasks = [task for task in TASK_NAMES if not (MODELS / task / SKIPPED).exists()]
-    outcomes = {task: (_try if dry_run else _promote_task)(_find_trained(task), params) for task in tasks}
+    found = [_find_trained(task) for task in TASK_NAMES if not (MODELS / task / SKIPPED).exists()]
+    outcomes = {trained.task: (_try if dry_run else _promote_task)(trained, params) for trained in found}
     if not dry_run:
         save_json({task: outcome.to_json() for task, outcome in outcomes.items()}, PROMOTION)
     for outcome in outcomes.values():
@@ -100,7 +101,7 @@ def override(task: str, reason: str) -> None:
 
     Raises:
         ConfigError: if there is no such task, or no reason.
-        DataError: if none was trained.
+        DataError: if none was trained, or it was not tested or exported.
         TrackingError: if it is champion already, or its export disagrees with it, which no one can override.
     """
     check_reason(reason)
@@ -149,7 +150,27 @@ def _find_trained(task: str) -> _Trained:
         raise DataError(f"no {task} was trained here: `loupe run` trains what the data allows")
     run_id = find_run(client, MODELS / task / RUN)
     model_uri = json.loads((MODELS / task / RUN).read_text())["model_uri"]
+    _check_results(task, client, run_id)
+    check_card_files(task)
     return _Trained(task, client, f"{data_set}-{task}", run_id, model_uri)
+
+
+def _check_results(task: str, client: registry.MlflowClient, run_id: str) -> None:
+    """Refuse the figures of another training, which `dvc repro` of some stages alone leaves in place.
+
+    Both stages write the same names to their file and to the run of the model that they looked at.
+    """
+    recorded = client.get_run(run_id).data.metrics
+    for path, done in ((_locate_metrics(task), "tested"), (_locate_metrics(f"{task}_export"), "exported")):
+        figures = json.loads(path.read_text()) if path.exists() else {}
+        if not figures or not figures.keys() <= recorded.keys():
+            raise DataError(
+                f"the {task} was trained and not {done} since, as {path} is not of its run: `dvc repro` does"
+            )
+
+
+def _locate_metrics(name: str) -> Path:
+    return REPORTS / "metrics" / f"{name}.json"
 
 
 def _register(trained: _Trained) -> registry.ModelVersion:
@@ -233,7 +254,7 @@ def _answer(task: str, model: LoadedModel, hold_out: pd.DataFrame) -> np.ndarray
 
 def _find_flaw(task: str) -> str | None:
     """What the stage that exported the model found wrong, in words; None where it agrees."""
-    values = json.loads((REPORTS / "metrics" / f"{task}_export.json").read_text())
+    values = json.loads(_locate_metrics(f"{task}_export").read_text())
     agreement = Agreement(**{field.name: values[f"{task}/export/{field.name}"] for field in fields(Agreement)})
     if agreement.agrees:
         return None
