@@ -7,19 +7,15 @@ of the cache, so that nobody is given the copy for the original.
 
 import json
 import math
-import os
 import shlex
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import chdir, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from dvc.config import Config
-from dvc.repo import Repo
 from filelock import FileLock
 from rich.console import Console
 
@@ -37,9 +33,10 @@ from loupe.tracking.records import (
     load_patch,
 )
 from loupe.tracking.runs import flatten_params, open_store
+from loupe.worktree import WITHIN, link, link_source, open_commit, run_git, share_cache
 
 PLACE = Path(".dvc/tmp/reproduction")
-FOLDER = PLACE / "above" / "above" / "worktree"  # so that ../images can be linked to, and ../../images
+FOLDER = PLACE / WITHIN
 LOCK = Path(".dvc/tmp/reproduction.lock")
 BEFORE_TRAINING = "augment"  # the last stage that a training rests on
 SECONDS = 24 * 60 * 60  # for a stage: the run says nothing of how long it may take
@@ -149,57 +146,15 @@ def open_copy(record: Record, patch: str | None) -> Iterator[None]:
     Raises:
         PipelineError: if git can't make it, or the changes don't fit.
     """
-    project = Path.cwd()
-    folder = project / FOLDER
     assert record.commit is not None  # checked before
-    _remove(project)
-    try:
-        _run_git("worktree", "add", "--quiet", "--force", "--detach", str(folder), record.commit)
-        with chdir(folder):
-            if patch:
-                _run_git("apply", "--whitespace=nowarn", "-", said=patch)
-            _share_cache(project)
-            _link_source(project)
-            yield
-    finally:
-        _remove(project)
-
-
-def _remove(project: Path) -> None:
-    """The folder and git's note of it, where they are."""
-    shutil.rmtree(project / PLACE, ignore_errors=True)
-    subprocess.run(["git", "-C", project, "worktree", "prune"], capture_output=True, check=False)
-
-
-def _run_git(*arguments: str, said: str | None = None) -> None:
-    command = ["git", "-c", f"core.hooksPath={os.devnull}", *arguments]
-    answer = subprocess.run(command, capture_output=True, check=False, input=(said or "").encode())
-    if answer.returncode:
-        reason = " ".join(answer.stderr.decode(errors="replace").split())
-        raise PipelineError(f"a run is made again in a worktree of git, and `git {arguments[0]}` fails: {reason}")
-
-
-def _share_cache(project: Path) -> None:
-    with Repo(str(project)) as repo, Config(".dvc").edit("local") as config:
-        config["cache"].update(dir=repo.cache.local_cache_dir, type="reflink,hardlink,copy")
-    if (project / DOWNLOADS).exists():
-        DOWNLOADS.parent.mkdir(parents=True, exist_ok=True)
-        DOWNLOADS.symlink_to(project / DOWNLOADS)
-
-
-def _link_source(project: Path) -> None:
-    """A relative source that git and DVC do not hold is linked to."""
-    source = Path(_load_values()["ingest"]["source"])
-    place = Path(os.path.normpath(Path.cwd() / source))
-    if source.is_absolute() or place.exists() or not (project / source).exists():
-        return
-    with Repo() as repo:
-        if any(place.is_relative_to(out.fs_path) for out in repo.index.outs):
-            return
-    if not place.is_relative_to(project / PLACE):
-        raise PipelineError(f"ingest.source {source} is too far above the project to be reached from {FOLDER}")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.symlink_to((project / source).resolve())
+    with open_commit(record.commit, PLACE) as project:
+        if patch:
+            run_git("apply", "--whitespace=nowarn", "-", said=patch)
+        share_cache(project)
+        if (project / DOWNLOADS).exists():
+            link(DOWNLOADS, project / DOWNLOADS)
+        link_source(project, PLACE, Path(_load_values()["ingest"]["source"]))
+        yield
 
 
 def check_copy(record: Record, force: bool, tell: Callable[[str], None]) -> None:

@@ -181,7 +181,7 @@ def test_a_run_that_fails_leaves_no_results_to_go_on_from(project):
 def test_a_folder_without_git_is_refused_with_gits_words(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with (
-        pytest.raises(PipelineError, match="worktree of git, and `git worktree` fails: fatal: not a git repo"),
+        pytest.raises(PipelineError, match="worktree of git, and `git ls-files` fails: fatal: not a git repo"),
         open_worktree(),
     ):
         pass
