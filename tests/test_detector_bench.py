@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from loupe.cli import _parse_list, _parse_seed, change_params
+from loupe.cli import change_params
+from loupe.cli.making import _parse_list, _parse_seed
 from loupe.config import load_params
 from loupe.detector_bench import (
     NAMES,

@@ -17,7 +17,8 @@ from loupe.cli import change_params
 from loupe.config import load_params
 from loupe.data.images import Geometry
 from loupe.data.manifest import save_table
-from loupe.drift import Images, Report, build_table, check_drift, describe_verdict
+from loupe.drift import check_drift
+from loupe.drift_report import Images, Report, build_table, describe_verdict
 from loupe.errors import DataError, TrackingError
 from loupe.evaluation.bootstrap import Interval
 from loupe.evaluation.drift import EMBEDDING, SCORE, Comparison, DriftJudgement

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from loupe.config import Drift
-from loupe.drift import Images, Report, describe_verdict, render_report
+from loupe.drift_report import Images, Report, describe_verdict, render_report
 from loupe.evaluation.drift import judge_drift
 from loupe.reporting.page import save_page
 
