@@ -1,5 +1,6 @@
 # The two commands of a newcomer are `make run` and `make test`; the rest is in the README.
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 export DVC_NO_ANALYTICS := 1
@@ -12,8 +13,11 @@ environment: $(STAMP)
 run: $(STAMP)
 	@loupe run $(if $(DATA),--data '$(DATA)') $(foreach change,$(SET),--set '$(change)')
 
+# Many tests wait for servers and programs, so that two processes take little more than half the time of one. A file stays
+# with one of them, as its tests share projects and servers; in the order of folders, the slow flows do not come last. One
+# thread each, as torch's would wait for each other.
 test: $(STAMP) browser
-	pytest
+	OMP_NUM_THREADS=1 pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Tests open the reports in Debian's Chromium, and are skipped where there is none.
 browser:
