@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import log_loss
+from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from loupe.evaluation.calibration import (
     compute_area_under_risk_coverage,
+    compute_calibrated_loss,
     compute_calibration_error,
     compute_coverage,
     compute_reliability,
@@ -163,3 +165,22 @@ def test_a_classifier_that_knows_its_errors_has_a_small_area():
     does_not = np.array([[0.6, 0.4], [0.61, 0.39], [0.62, 0.38], [0.01, 0.99]])
     assert compute_area_under_risk_coverage(targets, knows) == pytest.approx(1 / 16)
     assert compute_area_under_risk_coverage(targets, does_not) == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
+
+
+def test_being_too_sure_does_not_count_against_an_epoch():
+    generator = np.random.default_rng(0)
+    targets = generator.integers(0, 3, 60)
+    logits = torch.from_numpy(generator.normal(size=(60, 3)) + 2 * np.eye(3)[targets])
+    plain, sure = (compute_calibrated_loss(targets, (scale * logits).softmax(dim=1).numpy()) for scale in (1.0, 4.0))
+    slow = min(F.cross_entropy(logits / t, torch.from_numpy(targets)).item() for t in np.geomspace(0.1, 10, 2_000))
+    assert sure == pytest.approx(plain, rel=1e-3) == pytest.approx(slow, rel=1e-3)
+    assert F.cross_entropy(4 * logits, torch.from_numpy(targets)) > 1.2 * plain
+
+
+def test_an_epoch_that_knows_nothing_is_never_better_than_one_that_knows_a_little_and_is_too_sure():
+    targets = np.repeat([0, 1], 10)
+    knows_nothing = np.full((20, 2), 0.5)
+    right = np.r_[np.ones(7), np.zeros(3)].astype(bool)
+    knows_a_little = np.where(np.r_[right, ~right][:, None], [0.999, 0.001], [0.001, 0.999])
+    assert log_loss(targets, knows_a_little) > log_loss(targets, knows_nothing)
+    assert compute_calibrated_loss(targets, knows_a_little) < compute_calibrated_loss(targets, knows_nothing)

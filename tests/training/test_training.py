@@ -3,7 +3,6 @@ import pandas as pd
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
 from torch.nn import functional as F
 
 from loupe.data.loading import PreparedDataset
@@ -20,12 +19,11 @@ from loupe.training.classifier import (
     RECIPES,
     ClassifierTraining,
     Recipe,
-    compute_calibrated_loss,
-    compute_features,
     compute_targets,
     train_network,
 )
 from loupe.training.detector import Reconstruction, train_detector
+from loupe.training.head import compute_features
 from loupe.training.trainer import Schedule, choose_batch_size, choose_epochs
 
 NUM_IMAGES = 48
@@ -105,25 +103,6 @@ def test_the_best_epoch_has_the_lowest_calibrated_loss_on_val_and_its_weights_ar
     load_weights(classifier, tmp_path / "model.safetensors")
     assert all(torch.equal(kept[key], value) for key, value in classifier.state_dict().items())
     assert (tmp_path / "last.safetensors").exists()
-
-
-def test_being_too_sure_does_not_count_against_an_epoch():
-    generator = np.random.default_rng(0)
-    targets = generator.integers(0, 3, 60)
-    logits = torch.from_numpy(generator.normal(size=(60, 3)) + 2 * np.eye(3)[targets])
-    plain, sure = (compute_calibrated_loss(targets, (scale * logits).softmax(dim=1).numpy()) for scale in (1.0, 4.0))
-    slow = min(F.cross_entropy(logits / t, torch.from_numpy(targets)).item() for t in np.geomspace(0.1, 10, 2_000))
-    assert sure == pytest.approx(plain, rel=1e-3) == pytest.approx(slow, rel=1e-3)
-    assert F.cross_entropy(4 * logits, torch.from_numpy(targets)) > 1.2 * plain
-
-
-def test_an_epoch_that_knows_nothing_is_never_better_than_one_that_knows_a_little_and_is_too_sure():
-    targets = np.repeat([0, 1], 10)
-    knows_nothing = np.full((20, 2), 0.5)
-    right = np.r_[np.ones(7), np.zeros(3)].astype(bool)
-    knows_a_little = np.where(np.r_[right, ~right][:, None], [0.999, 0.001], [0.001, 0.999])
-    assert log_loss(targets, knows_a_little) > log_loss(targets, knows_nothing)
-    assert compute_calibrated_loss(targets, knows_a_little) < compute_calibrated_loss(targets, knows_nothing)
 
 
 def test_a_training_that_diverges_ends_with_the_head_it_began_with(bright_and_dark, tmp_path):

@@ -125,3 +125,18 @@ def _accumulate(
     )
     right = np.bincount(places, is_right, len(counts)).astype(np.int64)
     return np.cumsum(counts), np.cumsum(right), -confidences
+
+
+def compute_calibrated_loss(
+    targets: Int64[np.ndarray, " num_images"], probabilities: Float[np.ndarray, "num_images num_labels"]
+) -> float:
+    """The log loss that is left at the best temperature, lower is better; NaN where the network has diverged.
+
+    Epochs differ in how sure they are more than in how much they know: of a network that learns from few images the
+    plain loss rises while its accuracy rises too (Guo et al., arXiv:1706.04599, section 3). What is too sure can be put
+    right afterwards, as evaluation does with the calibration images.
+    """
+    if not np.isfinite(probabilities).all():
+        return float("nan")
+    scaled = scale_probabilities(probabilities, fit_temperature(targets, probabilities))
+    return float(log_loss(targets, scaled, labels=np.arange(probabilities.shape[1])))

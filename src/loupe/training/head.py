@@ -1,0 +1,119 @@
+"""The head of a classifier, fitted to what its frozen backbone makes of the images."""
+
+import logging
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, log_loss
+from sklearn.model_selection import StratifiedKFold
+from torch import nn
+
+from loupe.data.loading import PreparedDataset, build_loader
+from loupe.evaluation.calibration import compute_calibrated_loss
+from loupe.models.classifiers import Classifier
+from loupe.training.trainer import choose_num_workers
+
+# Inverse strengths of the head's L2 penalty, times the number of images: on photos and on clothes alike val chose 100.
+PENALTIES = (10.0, 100.0, 1_000.0, 10_000.0)
+ENOUGH_VAL_IMAGES, NUM_FOLDS = 200, 5
+MAX_ITERATIONS = 100
+JUDGED_BY = "val/calibrated_loss"  # what is lowest at a classifier's best epoch
+
+log = logging.getLogger(__name__)
+
+
+def train_head(classifier: Classifier, versions: Sequence[PreparedDataset], val: PreparedDataset) -> dict[str, float]:
+    """Logistic regression on what the frozen backbone makes of the images; it is convex, and so needs no rate.
+
+    Args:
+        versions: the training images, plain and, each time anew, augmented.
+
+    Returns:
+        An epoch's metrics, and the penalty as `head_penalty`; the classifier has the new head.
+    """
+    log.info("the head alone, on features of the frozen backbone")
+    parts = [compute_features(classifier, dataset, epoch) for epoch, dataset in enumerate(versions)]
+    features, targets = (np.concatenate(part) for part in zip(*parts, strict=True))
+    val_features, val_targets = compute_features(classifier, val)
+    known = np.concatenate([parts[0][0], val_features]), np.concatenate([parts[0][1], val_targets])
+    penalty = _choose_penalty(*known, _list_folds(known[1], len(parts[0][1])))
+    head = _fit_head(features, targets, penalty / len(targets))
+    probabilities = head.predict_proba(val_features)
+    metrics = {
+        "train/loss": log_loss(targets, head.predict_proba(features), labels=head.classes_),
+        "val/loss": log_loss(val_targets, probabilities, labels=head.classes_),
+        JUDGED_BY: compute_calibrated_loss(val_targets, probabilities),
+        "val/accuracy": accuracy_score(val_targets, head.classes_[probabilities.argmax(axis=1)]),
+        "head_penalty": penalty,
+    }
+    _set_head(classifier.head, head)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _choose_penalty(
+    features: Float[np.ndarray, "num_images num_features"],
+    targets: Int64[np.ndarray, " num_images"],
+    folds: Sequence[tuple[np.ndarray, np.ndarray]],
+) -> float:
+    """The one of PENALTIES with the least log loss.
+
+    Args:
+        folds: positions of images that a head is fitted to, and of those that it is judged by.
+    """
+    best, least = PENALTIES[0], np.inf
+    for penalty in PENALTIES:
+        losses = []
+        for fitted, judged in folds:
+            head = _fit_head(features[fitted], targets[fitted], penalty / len(fitted))
+            losses.append(log_loss(targets[judged], head.predict_proba(features[judged]), labels=head.classes_))
+        if np.mean(losses) >= least:
+            break  # a weaker one would fit the training images only better still
+        best, least = penalty, float(np.mean(losses))
+    return best
+
+
+def _list_folds(targets: Int64[np.ndarray, " num_images"], num_train: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Train and val; where val is too small to choose by, parts of both together take turns."""
+    positions = np.arange(len(targets))
+    num_folds = min(NUM_FOLDS, int(np.bincount(targets).min()))
+    if len(targets) - num_train >= ENOUGH_VAL_IMAGES or num_folds < 2:
+        return [(positions[:num_train], positions[num_train:])]
+    return list(StratifiedKFold(num_folds, shuffle=True, random_state=0).split(positions, targets))
+
+
+def _fit_head(features: np.ndarray, targets: np.ndarray, penalty: float) -> LogisticRegression:
+    """A fit that ends before it has converged is judged by val like the others."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return LogisticRegression(C=penalty, max_iter=MAX_ITERATIONS).fit(features, targets)
+
+
+def _set_head(layer: nn.Module, head: LogisticRegression) -> None:
+    """Two classes have one row of coefficients: the second's against the first's."""
+    weights, biases = (torch.from_numpy(values).float() for values in (head.coef_, head.intercept_))
+    if len(head.classes_) == 2:
+        weights, biases = torch.cat([-weights, weights]) / 2, torch.cat([-biases, biases]) / 2
+    with torch.no_grad():
+        layer.weight.copy_(weights)  # type: ignore[operator]
+        layer.bias.copy_(biases)  # type: ignore[operator]
+
+
+@torch.inference_mode()
+def compute_features(
+    classifier: Classifier, dataset: PreparedDataset, epoch: int = 0
+) -> tuple[Float[np.ndarray, "num_images num_features"], Int64[np.ndarray, " num_images"]]:
+    """What the head sees of each image, and the targets; augmented as in that epoch, where the dataset augments."""
+    loader = build_loader(dataset, 128, shuffle=False, num_workers=choose_num_workers())
+    loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+    classifier.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    device = next(classifier.parameters()).device
+    features, targets = [], []
+    for images, batch_targets in loader:
+        features.append(classifier.compute_features(images.to(device)).float().cpu().numpy())
+        targets.append(batch_targets.cpu().numpy())
+    return np.concatenate(features), np.concatenate(targets)
