@@ -90,6 +90,7 @@ def test_a_folder_becomes_a_row_an_image_and_a_broken_one_a_row_with_its_reason(
     assert scored.num_anomalous == good["is_anomalous"].sum()
     assert set(table["classifier"]) == {"pets-classifier/1"}
     assert set(table["detector"]) == {"pets-detector/1"}
+    assert list(table.columns[-2:]) == ["detector", "problem"]
     assert not (store / "scores.parquet.parts").exists()
 
 
@@ -104,7 +105,8 @@ def test_one_file_and_a_table_are_scored_as_the_folder_is(store, images, tmp_pat
     _, listed = score(store, listing, "listed.parquet", "pets-detector/1")
     listing.unlink()
     assert listed["anomaly_score"].iloc[0] == pytest.approx(row["anomaly_score"], abs=1e-7)
-    assert listed["problem"].notna().tolist() == [False, True]
+    assert listed["problem"].isna().tolist() == [True, False]
+    assert listed["problem"].iloc[1] == "the file can't be read: No such file or directory"
     assert "predicted" not in listed
 
 

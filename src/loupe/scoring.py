@@ -75,7 +75,8 @@ def score_and_tell(request: Request) -> None:
     """Score, and end with a line for a person."""
     scored = score_images(request)
     flagged = "" if scored.num_anomalous is None else f", {scored.num_anomalous:,} of them flagged as anomalous"
-    log.info("%s images scored by %s%s", f"{scored.num_images:,}", " and ".join(scored.versions), flagged)
+    images = "1 image" if scored.num_images == 1 else f"{scored.num_images:,} images"
+    log.info("%s scored by %s%s", images, " and ".join(scored.versions), flagged)
     if scored.num_unreadable:
         log.warning("%s could not be read: the column `problem` says why", f"{scored.num_unreadable:,}")
     log.info("written: %s", scored.table)
@@ -185,7 +186,7 @@ def _open_parts(request: Request, root: Path, images: pd.DataFrame, scorers: Seq
 
 def _score_part(request: Request, root: Path, images: pd.DataFrame, scorers: Sequence[Scorer]) -> pd.DataFrame:
     paths, rows = list(images["path"]), images.reset_index(drop=True)
-    contents = [_read(root / path) for path in paths]
+    contents, unread = _read_all([root / path for path in paths])
     for scorer in scorers:
         options = Options(embeddings=request.embeddings)
         if scorer.task == "detector":
@@ -200,16 +201,22 @@ def _score_part(request: Request, root: Path, images: pd.DataFrame, scorers: Seq
             .join(answers)
             .assign(**{scorer.task: scorer.version})
         )
-    return rows
+    rows.loc[list(unread), "problem"] = list(unread.values())
+    last = [name for name in ("problem", "embedding") if name in rows]
+    return rows[[*rows.columns.drop(last), *last]]
 
 
-def _read(path: Path) -> bytes:
-    """The content of a file; nothing where it can't be read, which no image is."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        log.warning("%s can't be read: %s", path, error.strerror)
-        return b""
+def _read_all(paths: Sequence[Path]) -> tuple[list[bytes], dict[int, str]]:
+    """The content of each file, and why some can't be read, by their place; these are empty, which no image is."""
+    contents, unread = [], {}
+    for row, path in enumerate(paths):
+        try:
+            contents.append(path.read_bytes())
+        except OSError as error:
+            contents.append(b"")
+            unread[row] = f"the file can't be read: {error.strerror}"
+            log.warning("%s can't be read: %s", path, error.strerror)
+    return contents, unread
 
 
 def _save_maps(

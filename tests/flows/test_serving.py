@@ -54,6 +54,49 @@ while True:
     (training / "count.unfinished").rename(training / "count")
     time.sleep(0.05)
 """
+# A champion of random weights, the images that it is known by, others like them, and light ones. What the flow of
+# scoring runs is run in this process, since each program would import torch anew.
+SCORING = """
+from pathlib import Path
+import numpy as np
+import pandas as pd
+from PIL import Image
+from loupe.cli import app
+from loupe.data.images import Geometry
+from loupe.data.manifest import save_table
+from loupe.models.classifiers import ClassifierConfig, build_classifier, save_classifier
+from loupe.tracking import registry
+from loupe.tracking.pyfunc import ImageModel, Options
+from loupe.tracking.runs import connect, start_run
+from pipelines import scoring
+
+generator = np.random.default_rng(0)
+for name, lowest in (("known", 0), ("alike", 0), ("lighter", 128)):
+    Path(name).mkdir()
+    for number in range(30):
+        Image.fromarray(generator.integers(lowest, 256, (32, 32, 3), np.uint8)).save(f"{name}/{number}.png")
+client, folder, known = connect("pets"), Path("models/classifier"), sorted(Path("known").iterdir())
+config = ClassifierConfig("lenet5", ["cat", "dog"], (32, 32), (32, 32), (0.5,) * 3, (0.5,) * 3)
+geometry = Geometry(32, 32, 3, 32, 32, 32, 32, "squash", "bilinear")
+save_classifier(build_classifier(config, "none"), {"geometry": geometry.to_json()}, folder)
+model = ImageModel()
+model.load(folder)
+embeddings = model.answer([path.read_bytes() for path in known], Options(embeddings=True))["embedding"]
+paths = [path.name for path in known]
+save_table(pd.DataFrame({"image_id": "0", "path": paths, "embedding": embeddings}), folder / "reference.parquet")
+with start_run("classifier", {}, {}) as run_id:
+    uri = registry.log_model(folder, known[:2])
+version = registry.register_version(client, "pets-classifier", run_id, uri).version
+client.set_registered_model_alias("pets-classifier", "champion", version)
+
+def run_here(command, timeout_seconds, alone):
+    app(command[1:], standalone_mode=False)
+    return []
+
+scoring.run_command = run_here
+for name in ("alike", "lighter"):
+    print(scoring.score(name, "pets-classifier@champion", return_state=True).name)
+"""
 
 
 def copy_served(folder):
@@ -125,15 +168,11 @@ def read_starts(project):
 
 @pytest.fixture(scope="module")
 def drifted(client, project, served):
-    """The run that the event of drift starts, as soon as it is in its second stage."""
-    program = (
-        "from pathlib import Path; from pipelines.scoring import tell_of_drift\n"
-        "for name, is_drifted in (('old', False), ('new', True)):\n"
-        "    report = {'drift/is_drifted': is_drifted, 'drift/verdict': 'for a reason'}\n"
-        "    tell_of_drift(Path(f'scores/{name}.parquet'), report)\n"
-    )
+    """The run that the event of drift starts, as soon as it is in its second stage; none comes of images alike."""
     environment = {**build_environment(), "PREFECT_API_URL": served}
-    subprocess.run([sys.executable, "-c", program], cwd=project, env=environment, check=True)
+    command = [sys.executable, "-c", SCORING]
+    answer = subprocess.run(command, cwd=project, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    assert [line for line in answer.stdout.splitlines() if line in ("Completed", "Drifted")] == ["Completed", "Drifted"]
     wait_for(lambda: read_starts(project))
     (run,) = find_running(client)
     return run
