@@ -78,7 +78,7 @@ class Project:
         self.export("classifier", exported)
 
     def log(self, task, folder):
-        with start_run(task, {}, {}) as run_id:
+        with start_run(task, {}, {"task": task}) as run_id:
             model_uri = registry.log_model(folder, sorted((self.folder / "pets").iterdir())[:2])
         self.save(f"models/{task}/run.json", {"run_id": run_id, "model_uri": model_uri})
 
@@ -264,6 +264,8 @@ def test_a_dry_run_says_what_would_be_and_leaves_no_trace(open_project, caplog):
     with pytest.raises(TrackingError, match="MLflow has no registered model 'dry-classifier'"):
         project.actions()
     project.promote()
+    promotion.promote(project.params, dry_run=True)
+    assert "dry-classifier version 1: is champion already: accuracy 1.0000 passes the floor" in caplog.text
     project.train("wrong")
     promotion.promote(project.params, dry_run=True)
     assert "would be kept: accuracy 0.0000 is below the floor" in caplog.text
@@ -294,7 +296,7 @@ def test_a_person_overrides_with_a_reason_and_never_a_disagreement(open_project)
     assert project.promote()["reason"] == "line 3 needs it"
 
 
-def test_what_was_rolled_back_comes_back_by_override_alone(open_project):
+def test_what_was_rolled_back_comes_back_by_override_alone(open_project, caplog):
     project = open_project("rollback")
     project.train("always cat")
     project.promote(floor=0.4, worst_floor=0.0)
@@ -307,6 +309,10 @@ def test_what_was_rolled_back_comes_back_by_override_alone(open_project):
     outcome = project.promote(floor=0.9, max_latency_growth=100.0)
     assert (outcome["decision"], outcome["champion_version"]) == ("kept", "1")
     assert "rolled it back (it flags every tile), and only `loupe promote --override` undoes that" in outcome["reason"]
+    caplog.set_level("INFO")
+    promotion.promote(project.params, dry_run=True)
+    assert "rollback-classifier version 2: would be kept: " in caplog.text
+    assert caplog.text.count("and only `loupe promote --override` undoes that; the champion stays version 1") == 1
     with pytest.raises(TrackingError, match="no earlier champion than version 1"):
         history.roll_back("classifier", "and that one")
     promotion.override("classifier", "it was the lamp")

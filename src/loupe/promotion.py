@@ -29,10 +29,12 @@ from loupe.tracking.audit import (
     find_latest,
     load_audit,
 )
+from loupe.tracking.records import find_record
 from loupe.tracking.registry import LoadedModel
 from loupe.tracking.runs import connect, find_run
 
 TASK_NAMES = ("classifier", "detector")
+_Recalled = tuple[str, str, dict[str, Any]]  # a word of the audit, the reason, the figures
 
 log = logging.getLogger(__name__)
 
@@ -85,15 +87,24 @@ def promote(params: Params, dry_run: bool = False) -> None:
     if not dry_run:
         save_json({task: outcome.to_json() for task, outcome in outcomes.items()}, PROMOTION)
     for outcome in outcomes.values():
-        log.info(
-            "%s %s: %s: %s; the champion %s %s",
-            outcome.model,
-            f"version {outcome.version}" if outcome.version else f"of run {outcome.run_id[:8]}",
-            f"would be {outcome.decision}" if dry_run else outcome.decision,
-            outcome.reason,
-            "stays" if dry_run else "is",
-            f"version {outcome.champion_version}" if outcome.champion_version else "nobody yet",
-        )
+        _tell(outcome, dry_run)
+
+
+def _tell(outcome: Outcome, dry_run: bool) -> None:
+    would_be = (
+        "is champion already"
+        if outcome.version and outcome.version == outcome.champion_version
+        else f"would be {outcome.decision}"
+    )
+    log.info(
+        "%s %s: %s: %s; the champion %s %s",
+        outcome.model,
+        f"version {outcome.version}" if outcome.version else f"of run {outcome.run_id[:8]}",
+        would_be if dry_run else outcome.decision,
+        outcome.reason,
+        "stays" if dry_run else "is",
+        f"version {outcome.champion_version}" if outcome.champion_version else "nobody yet",
+    )
 
 
 def override(task: str, reason: str) -> None:
@@ -165,7 +176,7 @@ def _check_results(task: str, client: registry.MlflowClient, run_id: str) -> Non
         figures = json.loads(path.read_text()) if path.exists() else {}
         if not figures or not figures.keys() <= recorded.keys():
             raise DataError(
-                f"the {task} was trained and not {done} since, as {path} is not of its run: `dvc repro` does"
+                f"the {task} was trained and not {done} since, as {path} is not of its run: `dvc repro` makes up for it"
             )
 
 
@@ -191,13 +202,10 @@ def _promote_task(trained: _Trained, params: Params) -> Outcome:
     rules: PromoteTask = getattr(params.promote, trained.task)
     hold_out, flaw = _load_hold_out(trained.task), _find_flaw(trained.task)
     question = _compute_question(rules, hold_out, champion, flaw)
-    known = find_latest(load_audit(trained.client, trained.name), version)
+    known = _recall(trained, version, champion, question)
     decision: str
-    if known is not None and (champion == version or known.question == question or known.action == ROLLED_BACK):
-        decision, reason, figures = known.action, known.why, known.figures
-        if champion != version and known.action == ROLLED_BACK:
-            decision = KEPT
-            reason = f"{known.who} rolled it back ({known.why}), and only `loupe promote --override` undoes that"
+    if known is not None:
+        decision, reason, figures = known
     else:
         found = _decide(trained, champion, hold_out, rules, params.seed, flaw)
         decision, reason, figures = found.choice, found.reason, found.figures
@@ -211,12 +219,30 @@ def _promote_task(trained: _Trained, params: Params) -> Outcome:
     return Outcome(trained.name, version, trained.run_id, _find_champion(trained), decision, reason, figures)
 
 
+def _recall(trained: _Trained, version: str, champion: str | None, question: str) -> _Recalled | None:
+    """What was decided on a version before and still holds; None where it is to be decided."""
+    known = find_latest(load_audit(trained.client, trained.name), version)
+    if known is None:
+        return None
+    if champion != version and known.action == ROLLED_BACK:
+        reason = f"{known.who} rolled it back ({known.why}), and only `loupe promote --override` undoes that"
+        return KEPT, reason, known.figures
+    if champion != version and known.question != question:
+        return None
+    return known.action, known.why, known.figures
+
+
 def _try(trained: _Trained, params: Params) -> Outcome:
     """What would become of a model, without a trace of the question."""
     champion, hold_out, flaw = _find_champion(trained), _load_hold_out(trained.task), _find_flaw(trained.task)
     rules: PromoteTask = getattr(params.promote, trained.task)
-    found = _decide(trained, champion, hold_out, rules, params.seed, flaw)
-    return Outcome(trained.name, None, trained.run_id, champion, found.choice, found.reason, found.figures)
+    version = find_record(trained.client, trained.run_id).version
+    question = _compute_question(rules, hold_out, champion, flaw)
+    known = None if version is None else _recall(trained, version, champion, question)
+    if known is None:
+        found = _decide(trained, champion, hold_out, rules, params.seed, flaw)
+        known = found.choice, found.reason, found.figures
+    return Outcome(trained.name, version, trained.run_id, champion, *known)
 
 
 def _decide(
