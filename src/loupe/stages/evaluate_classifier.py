@@ -56,7 +56,7 @@ def evaluate_classifier(params: Params) -> None:
     log_results(client, find_run(client, MODEL / RUN), metrics=metrics, files=files)
     for metric, value in metrics.items():
         if metric.count("/") == 2:  # those of single labels stand on the page
-            log.info("%s %.4f", metric, value)
+            log.info("%s %.6g", metric, value)
 
 
 def _say_why_not() -> None:
