@@ -122,6 +122,7 @@ class TrainClassifier(Section):
     optimizer: str
     learning_rate: PositiveFloat | Auto
     layer_decay: Annotated[float, Field(gt=0, le=1)]
+    frozen: Fraction | Auto
     schedule: Literal["one_cycle", "cosine", "plateau"]
     weight_decay: NotNegative
     l1: NotNegative

@@ -1,6 +1,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
@@ -12,7 +13,7 @@ from loupe.models.classifiers import ClassifierConfig, build_classifier, predict
 from loupe.models.detectors.autoencoder import Autoencoder, AutoencoderConfig
 from loupe.models.detectors.base import detect
 from loupe.models.files import load_weights
-from loupe.models.optimization import build_optimizer, check_optimizer
+from loupe.models.optimization import build_optimizer, check_optimizer, freeze_layers
 from loupe.models.preprocess import Preprocess
 from loupe.training.checkpoints import SafetensorsIO, read_epoch
 from loupe.training.classifier import (
@@ -55,6 +56,7 @@ def recipe_of(name="fine_tuned", epochs=2, patience=5, **knobs):
         "optimizer": "adamw",
         "learning_rate": 0.005,
         "layer_decay": 1.0,
+        "frozen": 0.0,
         "rate_schedule": "one_cycle",
         "weight_decay": 0.01,
         "l1": 0.0,
@@ -140,7 +142,7 @@ KNOBS = [
     {},
     {"rate_schedule": "cosine", "mixup": 0.2, "cutmix": 1.0},
     {"rate_schedule": "plateau", "ema_decay": 0.9, "optimizer": "sgd"},
-    {"layer_decay": 0.8, "balances_classes": True, "l1": 1e-5},
+    {"layer_decay": 0.8, "balances_classes": True, "l1": 1e-5, "frozen": 0.4},
 ]
 
 
@@ -222,6 +224,38 @@ def test_rates_decay_from_the_head_down():
     rates = {id(one): group["lr"] for group in optimizer.param_groups for one in group["params"]}
     assert rates[id(backbone.get_classifier().weight)] == 0.01
     assert rates[id(backbone.conv_stem.weight)] < 0.001
+
+
+def list_trained(network):
+    return {name for name, weights in network.named_parameters() if weights.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen"),
+    [
+        ("tf_efficientnet_lite0", ("conv_stem", "bn1", "blocks.0", "blocks.1", "blocks.2")),
+        ("resnet18", ("conv1", "bn1", "layer1", "layer2")),
+        ("vit_tiny_patch16_224", ("patch_embed", "cls_token", "pos_embed", *(f"blocks.{one}." for one in range(6)))),
+        ("lenet5", ("features.c1", "features.c3")),
+    ],
+)
+def test_half_of_the_stages_may_be_frozen_from_the_input_on(name, frozen):
+    network = timm.create_model(name)
+    whole = list_trained(network)
+    freeze_layers(network, 0.5)
+    assert whole - list_trained(network) == {one for one in whole if one.startswith(frozen)} != set()
+    freeze_layers(network, 0.0)
+    assert list_trained(network) == whole
+
+
+def test_frozen_layers_keep_their_weights_and_statistics_and_can_be_trained_later(bright_and_dark, tmp_path):
+    before = {key: value.clone() for key, value in build().state_dict().items()}
+    classifier, _ = train(bright_and_dark, tmp_path, recipe_of("scratch", epochs=1, frozen=0.5))
+    load_weights(classifier, tmp_path / "last.safetensors")
+    kept = {key for key, value in classifier.state_dict().items() if torch.equal(value, before[key])}
+    assert {"backbone.conv_stem.weight", "backbone.bn1.running_mean", "backbone.bn1.weight"} <= kept
+    assert not {"backbone.conv_head.weight", "backbone.bn2.running_mean", "backbone.classifier.weight"} & kept
+    assert list_trained(classifier) == {name for name, _ in classifier.named_parameters()}
 
 
 def test_an_unknown_optimizer_is_answered_with_the_nearest_names():

@@ -1,8 +1,9 @@
-"""Optimizers by name, from timm, with a rate that decays from the head down."""
+"""What of a network is trained, and by which of timm's optimizers, with a rate that decays from the head down."""
 
 import difflib
 
 import torch
+from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 
@@ -37,3 +38,25 @@ def build_optimizer(
     for group in optimizer.param_groups:
         group["lr"] *= group.get("lr_scale", 1.0)  # timm's own schedules would do this; torch's do not
     return optimizer
+
+
+def freeze_layers(backbone: nn.Module, share: float) -> None:
+    """Leave the first layers of a timm network out of its training; the others, the head among them, are trained.
+
+    Args:
+        share: of the stages that timm groups the network's weights into, in [0, 1); a part of a stage is trained.
+    """
+    stages = _number_stages(backbone)
+    first_trained = int(share * (max(stages.values()) + 1))
+    for name, weights in backbone.named_parameters():
+        weights.requires_grad_(stages[name] >= first_trained)
+
+
+def _number_stages(backbone: nn.Module) -> dict[str, int]:
+    """Of each weight, from the input on; in a network that timm can't group, each layer is a stage."""
+    if hasattr(backbone, "group_matcher"):
+        numbers: dict[str, int] = group_parameters(backbone, backbone.group_matcher(coarse=True), reverse=True)  # type: ignore[operator]
+        return numbers
+    layers = [name.rpartition(".")[0] for name, _ in backbone.named_parameters()]
+    order = list(dict.fromkeys(layers))
+    return {name: order.index(layer) for (name, _), layer in zip(backbone.named_parameters(), layers, strict=True)}

@@ -38,6 +38,10 @@ LEAST_EPOCHS, MOST_EPOCHS, MOST_EPOCHS_FROM_SCRATCH = 2, 20, 60
 MANY_IMAGES = 2_000
 SMALL_LEARNING_RATE, LARGE_LEARNING_RATE = 1e-4, 2e-3
 AVERAGED_EPOCHS = 3
+# The first stages see edges and textures, which serve any photo. Kept, they leave log loss lower than when all are
+# trained (of 24 images a class: six kinds of tile 0.53, with the head alone 0.81; five of clothes 0.56, 0.60), in half
+# the time.
+FROZEN = 0.5
 # Random crops show things larger than whole images do: what is trained on them at 224 pixels is at its best on whole
 # images at 288 (Touvron et al., arXiv:1906.06423). Log loss of a head on frozen features of 128 photos fell from 0.36
 # to 0.32 so, in cross-validation. Few images leave the time.
@@ -147,6 +151,7 @@ def choose_recipe(section: Section, prepared: Prepared) -> Recipe:
         rate_schedule=section.schedule,
         ema_decay=_resolve(section.ema_decay, 1 - 1 / num_averaged if is_few else 0.0),
         balances_classes=section.class_weights == "balanced",
+        frozen=_resolve(section.frozen, FROZEN if is_few else 0.0),
         adapts_batch_norm=not is_few,
         compiles=section.compile,
         **section.model_dump(
@@ -168,12 +173,14 @@ def _tell(section: Section, recipe: Recipe, num_images: int, size: str) -> None:
     log.info("%s of %s on %s: %d images at %s", section.recipe, section.backbone, device, num_images, size)
     if recipe.steps.whole:
         log.info(
-            "%d epochs at most, batches of %d, learning rate %g, mixup %g, cutmix %g, batch norm %s, weights %s",
+            "%d epochs at most, batches of %d, learning rate %g, mixup %g, cutmix %g, %.0f%% of the layers frozen, "
+            "batch norm %s, weights %s",
             recipe.schedule.epochs,
             recipe.batch_size,
             recipe.learning_rate,
             recipe.mixup,
             recipe.cutmix,
+            100 * recipe.frozen,
             "adapts" if recipe.adapts_batch_norm else "keeps its statistics",
             f"averaged with a decay of {recipe.ema_decay:.3g}" if recipe.ema_decay else "as they are",
         )

@@ -20,7 +20,7 @@ from loupe.data.loading import PreparedDataset, build_loader
 from loupe.evaluation.calibration import compute_calibrated_loss
 from loupe.models.classifiers import Classifier
 from loupe.models.files import WEIGHTS, load_weights
-from loupe.models.optimization import build_optimizer
+from loupe.models.optimization import build_optimizer, freeze_layers
 from loupe.models.preprocess import Preprocess
 from loupe.training.head import JUDGED_BY, train_head
 from loupe.training.trainer import (
@@ -65,7 +65,8 @@ class Recipe:
     `size` is the (height, width) in pixels of what it learns from; it may be used on larger images.
     `l1` is the weight of the sum of absolute weights in the loss; `mixup` and `cutmix` are the alphas of their beta
     distributions, 0 for never; `ema_decay` is of the moving average of the weights, which is then what is validated
-    and kept, 0 for none. `adapts_batch_norm` lets the running statistics follow the new images.
+    and kept, 0 for none. `frozen` is the share of the layers, from the image on, that stay as they were.
+    `adapts_batch_norm` lets the running statistics of the others follow the new images.
     """
 
     steps: Steps
@@ -75,6 +76,7 @@ class Recipe:
     optimizer: str
     learning_rate: float
     layer_decay: float
+    frozen: float
     rate_schedule: Literal["one_cycle", "cosine", "plateau"]
     weight_decay: float
     l1: float
@@ -118,10 +120,9 @@ class ClassifierTraining(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Of a few images, batch statistics are noise: the pretrained ones then serve better."""
-        if not self.recipe.adapts_batch_norm:
-            for module in self.classifier.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+        for module in self.classifier.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train(self.recipe.adapts_batch_norm and not _is_frozen(module))
 
     def training_step(self, batch: Sequence[Tensor], batch_index: int) -> Tensor:
         images, targets = batch
@@ -131,7 +132,9 @@ class ClassifierTraining(pl.LightningModule):
         )
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(images))
         if self.recipe.l1:
-            loss = loss + self.recipe.l1 * sum(one.abs().sum() for one in self.classifier.parameters() if one.ndim > 1)
+            loss = loss + self.recipe.l1 * sum(
+                one.abs().sum() for one in self.classifier.parameters() if one.ndim > 1 and one.requires_grad
+            )
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -211,6 +214,7 @@ def train_whole(
 ) -> None:
     """Train all weights; the history keeps the best and the last."""
     log.info("the whole network, %d epochs at most", recipe.schedule.epochs)
+    freeze_layers(classifier.backbone, recipe.frozen)
     training = ClassifierTraining(classifier, recipe, _weigh_classes(train, classifier, recipe.balances_classes))
     history.network = training.trained
     if recipe.compiles:
@@ -224,6 +228,13 @@ def train_whole(
         build_loader(val, 4 * recipe.batch_size, shuffle=False, num_workers=workers),
         seed=train.seed,
     )
+    classifier.requires_grad_(True)
+
+
+def _is_frozen(layer: nn.Module) -> bool:
+    """Whether it has weights, and none is trained."""
+    weights = list(layer.parameters())
+    return bool(weights) and not any(one.requires_grad for one in weights)
 
 
 def _build_mix(recipe: Recipe, num_labels: int) -> Any:
