@@ -17,7 +17,7 @@ from loupe.models.detectors.feature_autoencoder import (
     TOP_PLACES,
     compute_whitening,
 )
-from loupe.models.detectors.features import FeatureConfig
+from loupe.models.detectors.features import LEAST_PLACES, FeatureConfig
 from loupe.models.files import load_config
 
 SIZE = (64, 96)
@@ -146,7 +146,7 @@ def test_the_error_is_the_energy_of_what_the_wiener_filter_leaves_measured_again
     assert strengths[1] > strengths[0] > LEAST_NOISE > strengths[2]  # so that the third place has more than its own
 
 
-def test_the_errors_of_both_views_add_up_the_score_is_the_mean_of_the_largest_and_the_map_their_blur(fitted):
+def test_the_errors_of_all_views_add_up_the_score_is_the_mean_of_the_largest_and_the_map_their_blur(fitted):
     features = fitted.extractor(spoil(draw_stripes(2, seed=1)))
     views = features[:3], features[3:]
     fine, coarse = (
@@ -173,6 +173,13 @@ def test_the_second_view_is_of_the_images_at_half_the_size(fitted):
     assert [tuple(level.shape[1:]) for level in views] == fitted.extractor.shapes
     for level, seen in zip(levels, views[3:], strict=True):
         torch.testing.assert_close(seen, F.avg_pool2d(level, 3, stride=1, padding=1, count_include_pad=False))
+
+
+@pytest.mark.parametrize(("size", "num_views"), [((48, 160), 1), ((64, 64), 2), ((128, 192), 3), ((512, 512), 3)])
+def test_an_image_is_looked_at_in_as_many_sizes_as_leave_the_coarsest_level_two_rows(size, num_views):
+    detector = build_detector("feature_autoencoder", config_of(size=size), "package")
+    assert len(detector.filters) == num_views
+    assert min(min(rows, columns) for _, rows, columns in detector.extractor.shapes) >= LEAST_PLACES
 
 
 def test_a_backbone_that_takes_one_size_alone_has_one_view():
@@ -207,8 +214,8 @@ def test_too_few_normal_images_are_refused_with_how_many_are_needed():
 
 
 def test_an_input_too_small_for_the_coarsest_level_is_refused():
-    with pytest.raises(ConfigError, match="at least 64 x 64 pixels, got 32 x 48: choose a larger input size"):
-        build_detector("feature_autoencoder", config_of(crop=(32, 48), size=(32, 48)), "package")
+    with pytest.raises(ConfigError, match="at least 32 x 32 pixels, got 16 x 48: choose a larger input size"):
+        build_detector("feature_autoencoder", config_of(crop=(16, 48), size=(16, 48)), "package")
 
 
 def test_an_unknown_detector_is_refused_with_the_known_ones():

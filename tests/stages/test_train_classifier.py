@@ -12,6 +12,27 @@ SMALL = Geometry(28, 28, 1, 28, 28, 64, 64, "crop", "bicubic")
 CHOSEN = Geometry(320, 320, 3, 320, 320, 320, 320, "crop", "bicubic")
 
 
+def prepare(num_images, geometry):
+    images = np.zeros((1, geometry.height, geometry.width, geometry.channels), np.uint8)
+    masks = np.zeros((0, *images.shape[1:3]), np.uint8)
+    return Prepared(images, masks, pd.DataFrame({"split": ["train"] * num_images}), geometry)
+
+
+@pytest.mark.parametrize(
+    ("num_images", "knobs", "expected"),
+    [
+        (1_999, {}, (1e-4, 1e-5, 0.5, False)),
+        (1_999, {"recipe": "scratch"}, (2e-3, None, 0.0, True)),
+        (2_000, {}, (2e-3, None, 0.0, True)),
+        (2_000, {"learning_rate": 0.1, "frozen": 0.25}, (0.1, None, 0.25, True)),
+    ],
+)
+def test_few_images_change_less_of_a_pretrained_network(num_images, knobs, expected):
+    section = load_params().train_classifier.model_copy(update=knobs)
+    recipe = choose_recipe(section, prepare(num_images, PHOTOS))
+    assert (recipe.learning_rate, recipe.epsilon, recipe.frozen, recipe.adapts_batch_norm) == expected
+
+
 @pytest.mark.parametrize(
     ("num_images", "geometry", "knobs", "size"),
     [
@@ -26,9 +47,6 @@ CHOSEN = Geometry(320, 320, 3, 320, 320, 320, 320, "crop", "bicubic")
 )
 def test_of_few_photos_a_pretrained_network_sees_more_than_it_learns_from(num_images, geometry, knobs, size):
     section = load_params().train_classifier.model_copy(update=knobs)
-    images = np.zeros((1, geometry.height, geometry.width, geometry.channels), np.uint8)
-    prepared = Prepared(
-        images, np.zeros((0, *images.shape[1:3]), np.uint8), pd.DataFrame({"split": ["train"] * num_images}), geometry
-    )
+    prepared = prepare(num_images, geometry)
     assert build_config(section, "package", prepared, ["a", "b"]).size == (size, size)
     assert choose_recipe(section, prepared).size == (geometry.input_height, geometry.input_width)

@@ -55,6 +55,7 @@ def recipe_of(name="fine_tuned", epochs=2, patience=5, **knobs):
         "batch_size": 16,
         "optimizer": "adamw",
         "learning_rate": 0.005,
+        "epsilon": None,
         "layer_decay": 1.0,
         "frozen": 0.0,
         "rate_schedule": "one_cycle",
@@ -224,6 +225,20 @@ def test_rates_decay_from_the_head_down():
     rates = {id(one): group["lr"] for group in optimizer.param_groups for one in group["params"]}
     assert rates[id(backbone.get_classifier().weight)] == 0.01
     assert rates[id(backbone.conv_stem.weight)] < 0.001
+
+
+@pytest.mark.parametrize(("name", "expected"), [("adamw", {1e-3}), ("lamb", {1e-3}), ("sgd", {None})])
+def test_the_epsilon_is_of_optimizers_that_have_one(name, expected):
+    optimizer = build_optimizer(build().backbone, name, 0.01, 0.0, 1.0, epsilon=1e-3)
+    assert {group.get("eps") for group in optimizer.param_groups} == expected
+
+
+def test_an_epsilon_that_outweighs_the_gradients_leaves_the_weights_almost_as_they_are(bright_and_dark, tmp_path):
+    def move(epsilon):
+        classifier, _ = train(bright_and_dark, tmp_path / str(epsilon), recipe_of("scratch", 1, epsilon=epsilon))
+        return float((classifier.head.weight - build().head.weight).detach().abs().max())
+
+    assert move(1e3) < 0.01 * move(None)
 
 
 def list_trained(network):

@@ -19,7 +19,12 @@ def check_optimizer(name: str) -> None:
 
 
 def build_optimizer(
-    backbone: nn.Module, name: str, learning_rate: float, weight_decay: float, layer_decay: float
+    backbone: nn.Module,
+    name: str,
+    learning_rate: float,
+    weight_decay: float,
+    layer_decay: float,
+    epsilon: float | None = None,
 ) -> torch.optim.Optimizer:
     """An optimizer over a timm network; biases and normalisation are not decayed.
 
@@ -28,6 +33,7 @@ def build_optimizer(
         learning_rate: of the head.
         layer_decay: each layer's rate is so many times that of the layer above (Clark et al., ELECTRA,
             arXiv:2003.10555, sec. 3.1); 1 gives all the same.
+        epsilon: of optimizers that have one, as Adam does; None leaves timm's.
 
     Raises:
         ConfigError: if timm has no such optimizer.
@@ -37,6 +43,8 @@ def build_optimizer(
     optimizer = create_optimizer_v2(backbone, name, learning_rate, weight_decay, layer_decay=decay)
     for group in optimizer.param_groups:
         group["lr"] *= group.get("lr_scale", 1.0)  # timm's own schedules would do this; torch's do not
+        if epsilon is not None and "eps" in group:
+            group["eps"] = epsilon
     return optimizer
 
 

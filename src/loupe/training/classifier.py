@@ -62,6 +62,7 @@ RECIPES: dict[RecipeName, Steps] = {
 class Recipe:
     """How the whole network is trained. `learning_rate` is the head's, and the peak of its schedule.
 
+    `epsilon` is what Adam and its kin add to the root of a mean squared gradient, None for their own.
     `size` is the (height, width) in pixels of what it learns from; it may be used on larger images.
     `l1` is the weight of the sum of absolute weights in the loss; `mixup` and `cutmix` are the alphas of their beta
     distributions, 0 for never; `ema_decay` is of the moving average of the weights, which is then what is validated
@@ -75,6 +76,7 @@ class Recipe:
     batch_size: int
     optimizer: str
     learning_rate: float
+    epsilon: float | None
     layer_decay: float
     frozen: float
     rate_schedule: Literal["one_cycle", "cosine", "plateau"]
@@ -162,7 +164,12 @@ class ClassifierTraining(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         recipe = self.recipe
         optimizer = build_optimizer(
-            self.classifier.backbone, recipe.optimizer, recipe.learning_rate, recipe.weight_decay, recipe.layer_decay
+            self.classifier.backbone,
+            recipe.optimizer,
+            recipe.learning_rate,
+            recipe.weight_decay,
+            recipe.layer_decay,
+            recipe.epsilon,
         )
         if recipe.rate_schedule == "plateau":
             self.plateau = ReduceLROnPlateau(optimizer, patience=max(1, recipe.schedule.patience // 3))

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loupe.errors import DataError
-from loupe.models.detectors.features import FeatureConfig, FeatureExtractor, Features
+from loupe.models.detectors.features import FeatureConfig, FeatureExtractor, Features, count_views
 from loupe.models.files import save_model
-from loupe.models.weights import build_backbone, build_options, depends_on_size
+from loupe.models.weights import build_backbone, build_options
 
 Images = Iterable[UInt8[Tensor, "_batch channels height width"]]
 Batches = Callable[[], Iterable[Features]]
@@ -77,17 +77,16 @@ class TrainedDetector(Detector):
 class FeatureDetector(Detector):
     """A detector that works on the features of a frozen backbone and is fitted in closed form.
 
-    It looks at so many views of each image as `num_views` says, where its backbone takes more than one size.
+    It looks at `most_views` of each image, or fewer where the smallest would be too small.
     """
 
     config_type = FeatureConfig
-    num_views: ClassVar[int] = 1
+    most_views: ClassVar[int] = 1
 
     def __init__(self, config: FeatureConfig, backbone: nn.Module) -> None:
         super().__init__()
         self.config = config
-        num_views = 1 if depends_on_size(config.backbone) else self.num_views
-        self.extractor = FeatureExtractor(config, backbone, num_views)
+        self.extractor = FeatureExtractor(config, backbone, count_views(config, self.most_views))
 
     @classmethod
     def build(cls, config: FeatureConfig, weights: str) -> "FeatureDetector":

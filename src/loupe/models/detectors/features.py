@@ -1,5 +1,6 @@
 """Features of a frozen pretrained backbone at several scales: what the detectors that don't look at pixels look at."""
 
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from loupe.errors import ConfigError
 from loupe.models.input_size import build_shapes, check_input_size
 from loupe.models.preprocess import Preprocess
+from loupe.models.weights import depends_on_size
 
 LEVELS = [-4, -3, -2]  # of a convolutional network the strides 4, 8 and 16: the coarsest can't see what is small
 LEAST_PLACES = 2  # rows and columns of the coarsest level
@@ -39,8 +41,8 @@ class FeatureExtractor(nn.Module):
 
     Each is averaged over its 3 x 3 neighbourhood, as in PatchCore (Roth et al., 2022, arXiv:2106.08265).
 
-    `shapes` are the channels, rows and columns of each level. They begin with those of the images; where there are two
-    views, as many follow of the images at half the size, in which the same levels see more.
+    `shapes` are the channels, rows and columns of each level. They begin with those of the images; where there are more
+    views, as many follow of the images at half the size, in which the same levels see more, and so on.
     """
 
     def __init__(self, config: FeatureConfig, backbone: nn.Module, num_views: int = 1) -> None:
@@ -109,6 +111,18 @@ def measure_levels(config: FeatureConfig, num_views: int = 1) -> list[Shape]:
             f"choose a larger input size"
         )
     return cast("list[Shape]", shapes)
+
+
+def count_views(config: FeatureConfig, most: int) -> int:
+    """How many sizes of an image, each half the last, leave its coarsest level LEAST_PLACES rows and columns.
+
+    Returns:
+        1 to `most`; 1 too where the backbone takes one size alone.
+    """
+    if depends_on_size(config.backbone):
+        return 1
+    rows, columns = measure_levels(config)[-1][1:]
+    return max(1, min(most, math.floor(math.log2(min(rows, columns) / LEAST_PLACES)) + 1))
 
 
 def concatenate_levels(features: Features) -> Float[Tensor, "batch all_channels rows columns"]:
