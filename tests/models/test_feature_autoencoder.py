@@ -146,7 +146,7 @@ def test_the_error_is_the_energy_of_what_the_wiener_filter_leaves_measured_again
     assert strengths[1] > strengths[0] > LEAST_NOISE > strengths[2]  # so that the third place has more than its own
 
 
-def test_the_errors_of_all_views_add_up_the_score_is_the_mean_of_the_largest_and_the_map_their_blur(fitted):
+def test_the_errors_of_both_views_add_up_the_score_is_the_mean_of_the_largest_and_the_map_their_blur(fitted):
     features = fitted.extractor(spoil(draw_stripes(2, seed=1)))
     views = features[:3], features[3:]
     fine, coarse = (
@@ -163,22 +163,25 @@ def test_the_errors_of_all_views_add_up_the_score_is_the_mean_of_the_largest_and
     np.testing.assert_allclose(maps[0], gaussian_filter(errors[0].reshape(8, 12), 1, mode="mirror"), rtol=1e-2)
 
 
-def test_the_second_view_is_of_the_images_at_half_the_size(fitted):
-    images = draw_stripes(2, seed=1)
-    halved = F.avg_pool2d(fitted.extractor.preprocess(images), 2)
-    levels = fitted.extractor.backbone.forward_intermediates(
-        halved, indices=fitted.extractor.levels, intermediates_only=True
-    )
-    views = fitted.extractor(images)
-    assert [tuple(level.shape[1:]) for level in views] == fitted.extractor.shapes
+@pytest.mark.parametrize("size", [SIZE, (128, 192)])
+def test_the_second_view_is_of_the_images_made_smaller(size):
+    extractor = build_detector("feature_autoencoder", config_of(size, size), "package").extractor
+    images = draw_stripes(2, seed=1, size=size)
+    reduced = F.avg_pool2d(extractor.preprocess(images), extractor.reductions[1])
+    levels = extractor.backbone.forward_intermediates(reduced, indices=extractor.levels, intermediates_only=True)
+    views = extractor(images)
+    assert [tuple(level.shape[1:]) for level in views] == extractor.shapes
     for level, seen in zip(levels, views[3:], strict=True):
         torch.testing.assert_close(seen, F.avg_pool2d(level, 3, stride=1, padding=1, count_include_pad=False))
 
 
-@pytest.mark.parametrize(("size", "num_views"), [((48, 160), 1), ((64, 64), 2), ((128, 192), 3), ((512, 512), 3)])
-def test_an_image_is_looked_at_in_as_many_sizes_as_leave_the_coarsest_level_two_rows(size, num_views):
+@pytest.mark.parametrize(
+    ("size", "reductions"), [((48, 160), [1]), ((64, 64), [1, 2]), ((96, 96), [1, 2]), ((128, 192), [1, 4])]
+)
+def test_the_second_view_is_as_small_as_leaves_the_coarsest_level_two_rows(size, reductions):
     detector = build_detector("feature_autoencoder", config_of(size=size), "package")
-    assert len(detector.filters) == num_views
+    assert detector.extractor.reductions == reductions
+    assert len(detector.filters) == len(reductions)
     assert min(min(rows, columns) for _, rows, columns in detector.extractor.shapes) >= LEAST_PLACES
 
 

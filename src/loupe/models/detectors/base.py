@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loupe.errors import DataError
-from loupe.models.detectors.features import FeatureConfig, FeatureExtractor, Features, count_views
+from loupe.models.detectors.features import FeatureConfig, FeatureExtractor, Features, choose_reductions
 from loupe.models.files import save_model
 from loupe.models.weights import build_backbone, build_options
 
@@ -77,16 +77,16 @@ class TrainedDetector(Detector):
 class FeatureDetector(Detector):
     """A detector that works on the features of a frozen backbone and is fitted in closed form.
 
-    It looks at `most_views` of each image, or fewer where the smallest would be too small.
+    One that `looks_twice` also sees each image made smaller, where its backbone can.
     """
 
     config_type = FeatureConfig
-    most_views: ClassVar[int] = 1
+    looks_twice: ClassVar[bool] = False
 
     def __init__(self, config: FeatureConfig, backbone: nn.Module) -> None:
         super().__init__()
         self.config = config
-        self.extractor = FeatureExtractor(config, backbone, count_views(config, self.most_views))
+        self.extractor = FeatureExtractor(config, backbone, choose_reductions(config) if self.looks_twice else [1])
 
     @classmethod
     def build(cls, config: FeatureConfig, weights: str) -> "FeatureDetector":

@@ -26,7 +26,7 @@ RIDGE = 1e-4  # of the mean variance, for channels that never vary; rounding to 
 # Chosen on normal images with synthetic defects, none of them of a test set.
 NOISE_IMAGES = 30  # at each place, the noise weighs as much as so many of its images
 LEAST_NOISE = 0.5  # of a usual place's, where normal images are all alike
-COARSE_WEIGHT = 0.5  # of the errors at half and quarter size, where large defects are found and small ones lost
+COARSE_WEIGHT = 0.5  # of the errors of the smaller view, where large defects are found and small ones lost
 TOP_PLACES = 4  # of an image: the largest error alone is noisy, the mean of many loses small defects
 BLUR_PLACES, BLUR_KERNEL = 1.0, 5
 
@@ -108,7 +108,7 @@ class FeatureAutoencoder(FeatureDetector):
 
     name = "feature_autoencoder"
     least_images = 10
-    most_views = 3
+    looks_twice = True
 
     def __init__(self, config: FeatureConfig, backbone: nn.Module) -> None:
         super().__init__(config, backbone)
@@ -116,7 +116,7 @@ class FeatureAutoencoder(FeatureDetector):
 
     def _split(self, levels: list[T]) -> list[list[T]]:
         """Those of each view."""
-        num_levels = len(levels) // self.extractor.num_views
+        num_levels = len(levels) // len(self.extractor.reductions)
         return [levels[start : start + num_levels] for start in range(0, len(levels), num_levels)]
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """Features of a frozen pretrained backbone at several scales: what the detectors that don't look at pixels look at."""
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,6 +16,9 @@ from loupe.models.weights import depends_on_size
 
 LEVELS = [-4, -3, -2]  # of a convolutional network the strides 4, 8 and 16: the coarsest can't see what is small
 LEAST_PLACES = 2  # rows and columns of the coarsest level
+# How many times smaller the second view may be. At a quarter of the size maps of painted defects and of cracks in roads
+# had a pixel AUROC of 0.878, at half 0.868, with both 0.880 and half as much time again; scores were the same.
+SECOND_VIEWS = (4, 2)
 
 Shape = tuple[int, int, int]  # channels, rows, columns
 Features = list[Float[Tensor, "batch _channels _rows _columns"]]
@@ -41,12 +44,15 @@ class FeatureExtractor(nn.Module):
 
     Each is averaged over its 3 x 3 neighbourhood, as in PatchCore (Roth et al., 2022, arXiv:2106.08265).
 
-    `shapes` are the channels, rows and columns of each level. They begin with those of the images; where there are more
-    views, as many follow of the images at half the size, in which the same levels see more, and so on.
+    `shapes` are the channels, rows and columns of each level. They begin with those of the images; where there is a
+    second view, as many follow of the images made smaller, in which the same levels see more.
     """
 
-    def __init__(self, config: FeatureConfig, backbone: nn.Module, num_views: int = 1) -> None:
+    def __init__(self, config: FeatureConfig, backbone: nn.Module, reductions: Sequence[int] = (1,)) -> None:
         """Takes the backbone whole, and leaves out of it what comes after the last level.
+
+        Args:
+            reductions: how many times smaller each view is than the images.
 
         Raises:
             ConfigError: if the input is too small, or the backbone gives no features at several levels.
@@ -54,8 +60,8 @@ class FeatureExtractor(nn.Module):
         super().__init__()
         channels = len(config.mean)
         self.preprocess = Preprocess(config.crop, config.size, channels, config.mean, config.std)
-        self.num_views = num_views
-        self.shapes = measure_levels(config, num_views)
+        self.reductions = reductions
+        self.shapes = measure_levels(config, reductions)
         self.levels = _prune(backbone)
         self.backbone = backbone.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
@@ -70,7 +76,7 @@ class FeatureExtractor(nn.Module):
 
     def forward(self, images: UInt8[Tensor, "batch channels height width"]) -> Features:
         inputs = self.preprocess(images)
-        views = [inputs, *(F.avg_pool2d(inputs, 2**halvings) for halvings in range(1, self.num_views))]
+        views = [inputs if reduction == 1 else F.avg_pool2d(inputs, reduction) for reduction in self.reductions]
         levels = [level for view in views for level in _run(self.backbone, view, self.levels)]
         return [F.avg_pool2d(level, 3, stride=1, padding=1, count_include_pad=False) for level in levels]
 
@@ -88,7 +94,7 @@ def _run(backbone: nn.Module, inputs: Tensor, levels: list[int]) -> list[Tensor]
     return maps
 
 
-def measure_levels(config: FeatureConfig, num_views: int = 1) -> list[Shape]:
+def measure_levels(config: FeatureConfig, reductions: Sequence[int] = (1,)) -> list[Shape]:
     """Channels, rows and columns of each level, finest first, one view after the other.
 
     Raises:
@@ -102,7 +108,7 @@ def measure_levels(config: FeatureConfig, num_views: int = 1) -> list[Shape]:
     if not hasattr(network, "prune_intermediate_layers"):
         raise ConfigError(f"timm's {config.backbone} gives no features at several levels: choose another backbone")
     levels = _prune(network)
-    blanks = [torch.empty(1, channels, height >> view, width >> view, device="meta") for view in range(num_views)]
+    blanks = [torch.empty(1, channels, height // one, width // one, device="meta") for one in reductions]
     shapes = [tuple(level.shape[1:]) for blank in blanks for level in _run(network, blank, levels)]
     if min(shapes[-1][1:]) < LEAST_PLACES:
         least = LEAST_PLACES * -(-height // shapes[-1][1])
@@ -113,16 +119,16 @@ def measure_levels(config: FeatureConfig, num_views: int = 1) -> list[Shape]:
     return cast("list[Shape]", shapes)
 
 
-def count_views(config: FeatureConfig, most: int) -> int:
-    """How many sizes of an image, each half the last, leave its coarsest level LEAST_PLACES rows and columns.
+def choose_reductions(config: FeatureConfig) -> list[int]:
+    """The views of a detector that looks twice: the second a quarter of the size, or half where that is too small.
 
-    Returns:
-        1 to `most`; 1 too where the backbone takes one size alone.
+    There is one alone where neither leaves the coarsest level LEAST_PLACES rows and columns, or the backbone takes one
+    size.
     """
     if depends_on_size(config.backbone):
-        return 1
-    rows, columns = measure_levels(config)[-1][1:]
-    return max(1, min(most, math.floor(math.log2(min(rows, columns) / LEAST_PLACES)) + 1))
+        return [1]
+    least = min(measure_levels(config)[-1][1:])
+    return [1, *[reduction for reduction in SECOND_VIEWS if least >= LEAST_PLACES * reduction][:1]]
 
 
 def concatenate_levels(features: Features) -> Float[Tensor, "batch all_channels rows columns"]:
