@@ -18,7 +18,7 @@ LEVELS = [-4, -3, -2]  # of a convolutional network the strides 4, 8 and 16: the
 LEAST_PLACES = 2  # rows and columns of the coarsest level
 # How many times smaller the second view may be, and how many rows and columns that must leave. At a quarter of 256
 # pixels and more, maps of painted defects and of cracks in roads had a pixel AUROC of 0.878, at half 0.868, with both
-# 0.880 and half as much time again; scores were the same. At a quarter of 128 pixels maps are too coarse.
+# 0.880 and more time; scores were the same. At a quarter of 128 pixels maps are too coarse.
 SECOND_VIEWS = {4: 3, 2: LEAST_PLACES}
 
 Shape = tuple[int, int, int]  # channels, rows, columns
