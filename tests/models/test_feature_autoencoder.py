@@ -3,6 +3,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 from sklearn.covariance import EmpiricalCovariance
+from sklearn.decomposition import PCA
 from torch.nn import functional as F
 
 from loupe.errors import ConfigError, DataError
@@ -13,8 +14,10 @@ from loupe.models.detectors.feature_autoencoder import (
     COARSE_WEIGHT,
     LEAST_NOISE,
     MOST_CHANNELS,
-    RIDGE,
+    NOISE_IMAGES,
+    NUM_COMPONENTS,
     TOP_PLACES,
+    compute_components,
     compute_whitening,
 )
 from loupe.models.detectors.features import LEAST_PLACES, FeatureConfig
@@ -120,41 +123,68 @@ def covariances_of(vectors):
     return torch.stack([torch.cov(place.T, correction=0) for place in vectors.unbind(dim=1)])
 
 
-def test_without_noise_the_error_is_the_mahalanobis_distance_of_each_place():
+def compute_energies(vectors, covariances, noise, num_components=4):
+    """Of (images, places, channels), as the detector weighs them."""
+    whitening = compute_whitening(covariances.mean(dim=0))
+    components, weight = compute_components(whitening @ covariances @ whitening.T, noise, num_components)
+    whitened = vectors @ whitening.T
+    forgiven = torch.einsum("pck,npc->npk", components, whitened).square().sum(dim=2)
+    return weight * whitened.square().sum(dim=2) - forgiven
+
+
+def test_with_hardly_any_noise_the_error_is_the_mahalanobis_distance_of_each_place():
     vectors = draw_features(50, (1.0, 4.0, 0.2))
-    whitening = compute_whitening(covariances_of(vectors), noise=0.0)
-    centred = vectors - vectors.mean(dim=0)
-    errors = torch.einsum("pcd,npd->npc", whitening, centred).square().sum(dim=2)
+    energies = compute_energies(vectors - vectors.mean(dim=0), covariances_of(vectors), noise=1e-4)
     for place in range(3):
         values = vectors[:, place].numpy()
-        np.testing.assert_allclose(errors[:, place], EmpiricalCovariance().fit(values).mahalanobis(values), rtol=1e-2)
+        np.testing.assert_allclose(energies[:, place], EmpiricalCovariance().fit(values).mahalanobis(values), rtol=1e-2)
 
 
 def test_the_error_is_the_energy_of_what_the_wiener_filter_leaves_measured_against_the_noise():
     vectors, strengths, noise = draw_features(50, (2.0, 4.0, 1e-6)).double(), [], 0.25
     covariances = covariances_of(vectors)
     usual = covariances.mean(dim=0)
-    ridge = RIDGE * usual.trace() / 4 * torch.eye(4)
-    whitening = compute_whitening(covariances.float(), noise).double()
-    features = torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    for covariance, factor in zip(covariances, whitening, strict=True):
-        strengths.append((torch.linalg.inv(usual + ridge) @ covariance).trace() / 4)
-        added = noise * max(strengths[-1], LEAST_NOISE) * usual + ridge
-        rebuilt = covariance @ torch.linalg.inv(covariance + added) @ features
-        expected = features @ torch.linalg.inv(added) @ (features - rebuilt)
-        torch.testing.assert_close((factor @ features).square().sum(), expected, rtol=1e-2, atol=0)
+    features = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    energies = compute_energies(features[None].float(), covariances.float(), noise)[0]
+    for values, covariance, energy in zip(features, covariances, energies, strict=True):
+        strengths.append((torch.linalg.inv(usual) @ covariance).trace() / 4)
+        added = noise * max(strengths[-1], LEAST_NOISE) * usual
+        rebuilt = covariance @ torch.linalg.inv(covariance + added) @ values
+        expected = values @ torch.linalg.inv(added) @ (values - rebuilt)
+        torch.testing.assert_close(energy.double(), expected, rtol=1e-2, atol=0)
     assert strengths[1] > strengths[0] > LEAST_NOISE > strengths[2]  # so that the third place has more than its own
+
+
+def test_what_the_principal_components_leave_varies_alike_as_in_probabilistic_pca():
+    noise = 0.25
+    vectors = draw_features(50, (1.0, 3.0))
+    vectors = vectors - vectors.mean(dim=0)
+    covariances = covariances_of(vectors)
+    whitening = compute_whitening(covariances.mean(dim=0))
+    energies = compute_energies(vectors, covariances, noise, num_components=2)
+    for place in range(2):
+        values = (vectors[:, place] @ whitening.T).double().numpy()
+        covariance = PCA(2).fit(values).get_covariance() * 49 / 50  # sklearn divides by one less
+        covariance += noise * max(np.trace(covariance) / 4, LEAST_NOISE) * np.eye(4)
+        expected = np.einsum("nc,cd,nd->n", values, np.linalg.inv(covariance), values)
+        np.testing.assert_allclose(energies[:, place], expected, rtol=1e-3)
+
+
+def test_each_view_has_a_filter_of_each_of_its_places(fitted):
+    train, unseen = (fitted.extractor(images) for images in (draw_stripes(24), draw_stripes(2, seed=1)))
+    for wiener, levels in zip(fitted.filters, (slice(0, 3), slice(3, 6)), strict=True):
+        values, errors = wiener.select(train[levels]), wiener(unseen[levels]).flatten(1)
+        covariances = covariances_of(values.transpose(0, 1))
+        for place in (0, len(values) // 3, len(values) - 1):
+            features = (wiener.select(unseen[levels])[place] - values[place].mean(dim=0))[:, None]
+            expected = compute_energies(features, covariances, NOISE_IMAGES / 24, NUM_COMPONENTS)[:, place]
+            torch.testing.assert_close(errors[:, place], expected, rtol=1e-2, atol=0)
 
 
 def test_the_errors_of_both_views_add_up_the_score_is_the_mean_of_the_largest_and_the_map_their_blur(fitted):
     features = fitted.extractor(spoil(draw_stripes(2, seed=1)))
     views = features[:3], features[3:]
-    fine, coarse = (
-        torch.einsum("pcd,bpd->bpc", wiener.whitening, (wiener.select(view) - wiener.mean).transpose(0, 1))
-        .square()
-        .sum(dim=2)
-        for wiener, view in zip(fitted.filters, views, strict=True)
-    )
+    fine, coarse = (wiener(view).flatten(1) for wiener, view in zip(fitted.filters, views, strict=True))
     enlarged = F.interpolate(coarse.view(2, 1, 4, 6), (8, 12), mode="bilinear").flatten(1)
     errors = (fine + COARSE_WEIGHT * enlarged).sqrt()
     scores, maps = fitted.score_features(features)

@@ -8,7 +8,7 @@ To look for errors of rebuilt features is after FRE (Ndiour et al., 2022), to do
 """
 
 import math
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -21,7 +21,11 @@ from loupe.models.detectors.features import FeatureConfig, Features, Shape, conc
 
 T = TypeVar("T")
 
-MOST_CHANNELS = 180  # more are drawn from: each place keeps a square matrix of them
+MOST_CHANNELS = 180  # more are drawn from: of each place a square matrix of them is summed up
+# At each place; what they leave is taken to vary alike. With all 176, AUROC is higher by 0.002 on painted defects and
+# cracks in roads, lower by 0.001 on clothes, and nearly three times as much must be read for an image alone.
+NUM_COMPONENTS = 64
+PLACES_AT_ONCE = 128
 RIDGE = 1e-4  # of the mean variance, for channels that never vary; rounding to float32 is below it
 # Chosen on normal images with synthetic defects, none of them of a test set.
 NOISE_IMAGES = 30  # at each place, the noise weighs as much as so many of its images
@@ -35,12 +39,15 @@ class WienerFilter(nn.Module):
     """The filter of each place of one view.
 
     The noise varies as all places do together, as strongly as the place itself: what its few images can't show, a
-    place borrows from the others.
+    place borrows from the others. With features in the units of the noise, the covariance of a place is kept as its
+    principal components and one variance for all that they leave (Tipping and Bishop, 1999).
     """
 
     chosen: Tensor
     mean: Tensor
     whitening: Tensor
+    components: Tensor
+    weight: Tensor
 
     def __init__(self, shapes: list[Shape]) -> None:
         """Its places are those of the second of these levels."""
@@ -50,7 +57,9 @@ class WienerFilter(nn.Module):
         num_places, num_chosen = math.prod(self.places), min(MOST_CHANNELS, self.num_channels)
         self.register_buffer("chosen", torch.arange(num_chosen))
         self.register_buffer("mean", torch.zeros(num_places, 1, num_chosen))
-        self.register_buffer("whitening", torch.zeros(num_places, num_chosen, num_chosen))
+        self.register_buffer("whitening", torch.zeros(num_chosen, num_chosen))
+        self.register_buffer("components", torch.zeros(num_places, num_chosen, min(NUM_COMPONENTS, num_chosen)))
+        self.register_buffer("weight", torch.zeros(num_places))
 
     def draw_channels(self, generator: torch.Generator) -> None:
         drawn = torch.randperm(self.num_channels, generator=generator)[: len(self.chosen)]
@@ -58,9 +67,14 @@ class WienerFilter(nn.Module):
 
     def fit(self, moments: "Moments") -> None:
         """To those of what it selects."""
-        self.mean = moments.compute_mean()
-        whitening = compute_whitening(moments.pop_covariance(), NOISE_IMAGES / moments.count)
-        self.whitening.copy_(whitening)  # row by row, as they are read fastest
+        self.mean, covariance = moments.compute_mean(), moments.pop_covariance()
+        self.whitening = whitening = compute_whitening(covariance.mean(dim=0))
+        noise, num_components = NOISE_IMAGES / moments.count, self.components.shape[2]
+        parts = [
+            compute_components(whitening @ places @ whitening.T, noise, num_components)
+            for places in covariance.split(PLACES_AT_ONCE)
+        ]
+        self.components, self.weight = (torch.cat(part) for part in zip(*parts, strict=True))
 
     def select(self, features: Features) -> Float[Tensor, "num_places batch channels"]:
         """What it looks at of the view's features."""
@@ -70,9 +84,10 @@ class WienerFilter(nn.Module):
 
     def forward(self, features: Features) -> Float[Tensor, "batch rows columns"]:
         """The error of each place."""
-        whitened = self.whitening @ (self.select(features) - self.mean).mT
-        errors: Tensor = whitened.square().sum(dim=1).T.unflatten(1, self.places)
-        return errors
+        whitened = (self.select(features) - self.mean) @ self.whitening.T
+        forgiven = (whitened @ self.components).square().sum(dim=2)
+        errors = self.weight[:, None] * whitened.square().sum(dim=2) - forgiven
+        return cast("Tensor", errors.clamp(min=0).T.unflatten(1, self.places))
 
 
 class Moments:
@@ -141,19 +156,28 @@ class FeatureAutoencoder(FeatureDetector):
         return top, gaussian_blur(errors[:, None], [BLUR_KERNEL] * 2, [BLUR_PLACES] * 2)[:, 0]
 
 
-def compute_whitening(
-    covariance: Float[Tensor, "num_places channels channels"], noise: float
-) -> Float[Tensor, "num_places channels channels"]:
-    """The inverse Cholesky factor of each place's covariance with the noise added, a share of the variance.
-
-    The covariance is changed in place: there is seldom room for two.
-    """
-    identity = torch.eye(covariance.shape[1], device=covariance.device)
-    usual = covariance.mean(dim=0)
-    variance = usual.trace() / len(usual)
+def compute_whitening(covariance: Float[Tensor, "channels channels"]) -> Float[Tensor, "channels channels"]:
+    """What gives features of this covariance unit variance: its inverse Cholesky factor."""
+    identity = torch.eye(len(covariance), device=covariance.device)
+    variance = covariance.trace() / len(covariance)
     ridge = RIDGE * torch.where(variance > 0, variance, 1) * identity
-    inverse = torch.linalg.inv((usual + ridge).double()).float()
-    strength = torch.einsum("pcd,dc->p", covariance, inverse) / len(usual)
-    covariance += noise * strength.clamp(min=LEAST_NOISE)[:, None, None] * usual + ridge
-    whitening: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), identity, upper=False)
-    return whitening
+    factor = torch.linalg.cholesky((covariance + ridge).double())
+    whitening: Tensor = torch.linalg.solve_triangular(factor, identity.double(), upper=False)
+    return whitening.float()
+
+
+def compute_components(
+    covariance: Float[Tensor, "num_places channels channels"], noise: float, num_components: int
+) -> tuple[Float[Tensor, "num_places channels num_components"], Float[Tensor, " num_places"]]:
+    """What gives the energy of f as weight |f|^2 - |components' f|^2.
+
+    Args:
+        covariance: in units in which the noise is alike in all directions.
+        noise: its share of a place's mean variance.
+    """
+    added = noise * covariance.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=LEAST_NOISE)
+    variances, directions = torch.linalg.eigh(covariance)  # the largest last
+    left, kept = variances.clamp(min=0).tensor_split([-num_components], dim=1)
+    weight = 1 / (left.sum(dim=1) / max(1, left.shape[1]) + added)
+    forgiven = weight[:, None] - 1 / (kept + added[:, None])
+    return directions[:, :, -num_components:] * forgiven.clamp(min=0).sqrt()[:, None], weight
