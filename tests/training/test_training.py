@@ -235,21 +235,22 @@ def test_what_is_trained_again_sees_train_and_val_as_long_as_the_best_epoch_took
     assert not torch.equal(classifier.head.weight, once.head.weight)
 
 
-@pytest.mark.parametrize("stopped_at", [0, 1])
-def test_what_is_stopped_while_it_is_trained_again_goes_on_there(halves, tmp_path, stopped_at):
-    whole, expected = train_twice(halves, tmp_path / "whole")
+@pytest.mark.parametrize(("stopped_at", "patience"), [(0, 2), (1, 2), (0, 9)])
+def test_what_is_stopped_while_it_is_trained_again_goes_on_there(halves, tmp_path, stopped_at, patience):
+    whole, expected = train_twice(halves, tmp_path / "whole", patience=patience)
+    assert len(expected.rows) == (5 if patience == 2 else 7)
 
     def stop(epoch, metrics):
         if epoch == stopped_at and "refit/train/loss" in metrics:
             raise KeyboardInterrupt
 
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        train_twice(halves, tmp_path / "stopped", stop)
+        train_twice(halves, tmp_path / "stopped", stop, patience=patience)
     told = []
-    resumed, history = train_twice(halves, tmp_path / "stopped", lambda *one: told.append(one))
+    resumed, history = train_twice(halves, tmp_path / "stopped", lambda *one: told.append(one), patience=patience)
     pd.testing.assert_frame_equal(history.to_table(), expected.to_table())
     again = [epoch for epoch, metrics in told if "refit/train/loss" in metrics]
-    assert again == [0, 1]
+    assert again == list(range(expected.best_epoch))
     assert all(torch.equal(one, whole.state_dict()[key]) for key, one in resumed.state_dict().items())
 
 

@@ -205,21 +205,23 @@ def train_network(
 ) -> History:
     """Train by the recipe's steps, and leave the classifier with the weights of its best epoch.
 
+    Where the recipe refits, these are the weights of a second training that is as long.
+
     Args:
         folder: gets model.safetensors, the best, and last.safetensors; what a stopped training left there is gone on
             from, so that it must belong to the same recipe and data.
-        report: told each epoch's metrics. A head on frozen features is epoch 0. Those of the second training, where the
-            recipe refits, begin with `refit/`.
+        report: told each epoch's metrics. A head on frozen features is epoch 0. Those of a second training begin with
+            `refit/`.
     """
     if not recipe.steps.augments:
         train = train.without_augmentation()
-    start = copy.deepcopy(classifier.state_dict())
+    start = copy.deepcopy(classifier.state_dict()) if recipe.refits else None
     history = History(classifier, folder, report, JUDGED_BY)
     if recipe.steps.head and not (folder / CHECKPOINT).exists():
         history.add(train_head(classifier, _list_versions(train, recipe), val))
     if recipe.steps.whole:
         train_whole(classifier, train, val, recipe, history)
-    if recipe.refits:
+    if start is not None:
         classifier.load_state_dict(start)
         _train_again(classifier, train.join(val), val, recipe, history)
     else:
