@@ -54,9 +54,7 @@ def build_report(backbone, labels, channels=3, num_images=NUM_IMAGES, learnt=0, 
     return Report(
         name="pets & co",
         labels=labels,
-        facts=describe_training(
-            {"weights": "random", "recipe": "fine_tuned", "best_epoch": 1, "refitted": True}, config, prepared, 0.5
-        ),
+        facts=describe_training({"weights": "random", "recipe": "fine_tuned", "best_epoch": 1}, config, prepared, 0.5),
         history=pd.DataFrame(
             {"epoch": [0, 1], "train/loss": [2.0, 1.0], "val/loss": [2.0, 1.5], "val/accuracy": [0.2, 0.4]}
         ),

@@ -67,7 +67,6 @@ def recipe_of(name="fine_tuned", epochs=2, patience=5, **knobs):
         "ema_decay": 0.0,
         "balances_classes": False,
         "adapts_batch_norm": True,
-        "refits": False,
         "compiles": False,
     }
     return Recipe(**(plain | knobs))
@@ -177,6 +176,15 @@ def test_a_stopped_training_goes_on_and_ends_as_if_it_had_never_stopped(bright_a
         assert all(torch.equal(one, whole.state_dict()[key]) for key, one in resumed.state_dict().items())
 
 
+@pytest.mark.parametrize(("patience", "num_rows"), [(1, 3), (9, 5)])
+def test_a_training_that_had_ended_has_nothing_to_go_on_with(bright_and_dark, tmp_path, patience, num_rows):
+    recipe = recipe_of(epochs=4, patience=patience)
+    _, expected = train(bright_and_dark, tmp_path, recipe)
+    assert len(expected.rows) == num_rows
+    _, history = train(bright_and_dark, tmp_path, recipe)
+    pd.testing.assert_frame_equal(history.to_table(), expected.to_table())
+
+
 def test_the_order_of_images_goes_on_after_a_stop_with_workers_too(bright_and_dark, tmp_path, monkeypatch):
     monkeypatch.setattr("loupe.training.classifier.choose_num_workers", lambda: 2)
     recipe = recipe_of("scratch", epochs=3)
@@ -190,68 +198,6 @@ def test_the_order_of_images_goes_on_after_a_stop_with_workers_too(bright_and_da
         train(bright_and_dark, tmp_path / "stopped", recipe, stop)
     _, history = train(bright_and_dark, tmp_path / "stopped", recipe)
     pd.testing.assert_frame_equal(history.to_table(), expected.to_table())
-
-
-@pytest.fixture(scope="module")
-def halves(bright_and_dark):
-    """Of which one is trained on, and the other is val."""
-    whole = bright_and_dark
-    return tuple(
-        PreparedDataset(whole.images, rows, whole.targets.numpy()[rows], None, seed=0)
-        for rows in (np.arange(0, NUM_IMAGES, 2), np.arange(1, NUM_IMAGES, 2))
-    )
-
-
-def train_twice(halves, folder, report=lambda epoch, metrics: None, **knobs):
-    """By a recipe that refits; its best epoch is the second, and two more end it."""
-    folder.mkdir(exist_ok=True)
-    classifier = build(drop_rate=0.3)
-    recipe = recipe_of(
-        **({"epochs": 6, "patience": 2, "label_smoothing": 0.0, "learning_rate": 0.02, "refits": True} | knobs)
-    )
-    return classifier, train_network(classifier, *halves, recipe, folder, report)
-
-
-def test_a_head_is_fitted_again_to_train_and_val(halves, tmp_path):
-    classifier, history = train_twice(halves, tmp_path, steps=RECIPES["features"])
-    both = halves[0].join(halves[1])
-    features, targets = compute_features(classifier, both)
-    head = LogisticRegression(C=history.rows[0]["head_penalty"] / NUM_IMAGES, max_iter=100).fit(features, targets)
-    images = torch.from_numpy(both.images[both.rows]).permute(0, 3, 1, 2)
-    np.testing.assert_allclose(
-        predict_probabilities(classifier.eval(), images), head.predict_proba(features), atol=1e-4
-    )
-    load_weights(classifier, tmp_path / "model.safetensors")  # the one that val judged
-    assert not np.allclose(predict_probabilities(classifier.eval(), images), head.predict_proba(features), atol=1e-4)
-
-
-def test_what_is_trained_again_sees_train_and_val_as_long_as_the_best_epoch_took(halves, tmp_path):
-    told = []
-    classifier, history = train_twice(halves, tmp_path / "again", lambda *one: told.append(one))
-    once, expected = train_twice(halves, tmp_path / "once", refits=False)
-    pd.testing.assert_frame_equal(history.to_table(), expected.to_table())
-    assert (history.best_epoch, len(history.rows)) == (2, 5)
-    assert [epoch for epoch, metrics in told if "refit/train/loss" in metrics] == [0, 1]
-    assert not torch.equal(classifier.head.weight, once.head.weight)
-
-
-@pytest.mark.parametrize(("stopped_at", "patience"), [(0, 2), (1, 2), (0, 9)])
-def test_what_is_stopped_while_it_is_trained_again_goes_on_there(halves, tmp_path, stopped_at, patience):
-    whole, expected = train_twice(halves, tmp_path / "whole", patience=patience)
-    assert len(expected.rows) == (5 if patience == 2 else 7)
-
-    def stop(epoch, metrics):
-        if epoch == stopped_at and "refit/train/loss" in metrics:
-            raise KeyboardInterrupt
-
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        train_twice(halves, tmp_path / "stopped", stop, patience=patience)
-    told = []
-    resumed, history = train_twice(halves, tmp_path / "stopped", lambda *one: told.append(one), patience=patience)
-    pd.testing.assert_frame_equal(history.to_table(), expected.to_table())
-    again = [epoch for epoch, metrics in told if "refit/train/loss" in metrics]
-    assert again == list(range(expected.best_epoch))
-    assert all(torch.equal(one, whole.state_dict()[key]) for key, one in resumed.state_dict().items())
 
 
 def test_a_moving_average_is_what_is_validated_and_kept(bright_and_dark, tmp_path):

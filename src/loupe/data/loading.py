@@ -81,11 +81,6 @@ class PreparedDataset(Dataset[Batch]):
         """The same images as they are."""
         return PreparedDataset(self.images, self.rows, self.targets.numpy(), None, self.seed)
 
-    def join(self, other: "PreparedDataset") -> "PreparedDataset":
-        """The images of both, which were prepared together; all are augmented as these are."""
-        rows, targets = np.concatenate([self.rows, other.rows]), torch.cat([self.targets, other.targets])
-        return PreparedDataset(self.images, rows, targets.numpy(), self.augmentation, self.seed)
-
 
 class ResidentDataset(Dataset[Batch]):
     """Images whole on one device: a batch is picked and augmented there, and nothing is copied to it."""

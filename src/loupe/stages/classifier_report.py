@@ -59,11 +59,7 @@ def describe_training(
             "how it comes to that",
             f"{geometry.fit} to {sides[2]}" + f", the centre of {sides[1]}" * (sides[1] != sides[2]),
         ),
-        (
-            "kept epoch",
-            f"{config['best_epoch']}, which has the least loss on val at its best temperature"
-            + "; then all was trained again for as long, on the images of val too" * config["refitted"],
-        ),
+        ("kept epoch", f"{config['best_epoch']}, which has the least loss on val at its best temperature"),
         ("last epoch", f"right on {last_epoch_accuracy:.1%} of the test images"),
     ]
     return [fact for fact in facts if fact[1]]

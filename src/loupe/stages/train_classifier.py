@@ -81,14 +81,12 @@ def train_classifier(params: Params) -> None:
         extra = {
             "geometry": prepared.geometry.to_json(),
             "best_epoch": history.best_epoch,
-            "refitted": recipe.refits,
             "recipe": section.recipe,
             "weights": describe_source(section.backbone, weights),
         }
         save_classifier(classifier, extra, FOLDER)
         device = next(classifier.parameters()).device
-        unseen = ("calibration", "test" if recipe.refits else "val")
-        save_reference(prepared, unseen, lambda images: (classifier.compute_features(images.to(device)), None), FOLDER)
+        save_reference(prepared, lambda images: (classifier.compute_features(images.to(device)), None), FOLDER)
         finish_recording("classifier", run_id, history.to_table())
 
 
@@ -160,7 +158,6 @@ def choose_recipe(section: Section, prepared: Prepared) -> Recipe:
         balances_classes=section.class_weights == "balanced",
         frozen=_resolve(section.frozen, FROZEN if is_few else 0.0),
         adapts_batch_norm=not is_few,
-        refits=_resolve(section.refit, is_few and section.schedule != "plateau"),
         compiles=section.compile,
         **section.model_dump(
             include={"optimizer", "layer_decay", "weight_decay", "l1", "label_smoothing", "mixup", "cutmix"}

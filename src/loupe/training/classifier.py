@@ -1,10 +1,8 @@
 """Training a classifier by a recipe: a head on frozen features, the whole network, or one after the other."""
 
-import copy
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,10 +22,9 @@ from loupe.models.classifiers import Classifier
 from loupe.models.files import WEIGHTS, load_weights
 from loupe.models.optimization import build_optimizer, freeze_layers
 from loupe.models.preprocess import Preprocess
-from loupe.training.head import JUDGED_BY, refit_head, train_head
+from loupe.training.head import JUDGED_BY, train_head
 from loupe.training.trainer import (
     CHECKPOINT,
-    LAST,
     History,
     Report,
     Schedule,
@@ -37,7 +34,6 @@ from loupe.training.trainer import (
     fit,
 )
 
-REFIT = "refit"
 NUM_AUGMENTED = 4  # augmented versions of each image whose features a head learns from
 
 log = logging.getLogger(__name__)
@@ -71,8 +67,7 @@ class Recipe:
     `l1` is the weight of the sum of absolute weights in the loss; `mixup` and `cutmix` are the alphas of their beta
     distributions, 0 for never; `ema_decay` is of the moving average of the weights, which is then what is validated
     and kept, 0 for none. `frozen` is the share of the layers, from the image on, that stay as they were.
-    `adapts_batch_norm` lets the running statistics of the others follow the new images. `refits` trains all again once
-    the epoch is chosen, as long, on val's images too (Goodfellow et al., Deep Learning, 2016, algorithm 7.2).
+    `adapts_batch_norm` lets the running statistics of the others follow the new images.
     """
 
     steps: Steps
@@ -93,7 +88,6 @@ class Recipe:
     ema_decay: float
     balances_classes: bool
     adapts_batch_norm: bool
-    refits: bool
     compiles: bool
 
 
@@ -205,55 +199,21 @@ def train_network(
 ) -> History:
     """Train by the recipe's steps, and leave the classifier with the weights of its best epoch.
 
-    Where the recipe refits, these are the weights of a second training that is as long.
-
     Args:
         folder: gets model.safetensors, the best, and last.safetensors; what a stopped training left there is gone on
             from, so that it must belong to the same recipe and data.
-        report: told each epoch's metrics. A head on frozen features is epoch 0. Those of a second training begin with
-            `refit/`.
+        report: told each epoch's metrics. A head on frozen features is epoch 0.
     """
-    if not recipe.steps.augments:
-        train = train.without_augmentation()
-    start = copy.deepcopy(classifier.state_dict()) if recipe.refits else None
+    plain = train.without_augmentation()
+    train = train if recipe.steps.augments else plain
     history = History(classifier, folder, report, JUDGED_BY)
     if recipe.steps.head and not (folder / CHECKPOINT).exists():
-        history.add(train_head(classifier, _list_versions(train, recipe), val))
+        versions = [train] * NUM_AUGMENTED if recipe.steps.augments and not recipe.steps.whole else []
+        history.add(train_head(classifier, [plain, *versions], val))
     if recipe.steps.whole:
         train_whole(classifier, train, val, recipe, history)
-    if start is not None:
-        classifier.load_state_dict(start)
-        _train_again(classifier, train.join(val), val, recipe, history)
-    else:
-        load_weights(classifier, folder / WEIGHTS)
+    load_weights(classifier, folder / WEIGHTS)
     return history
-
-
-def _train_again(
-    classifier: Classifier, images: PreparedDataset, val: PreparedDataset, recipe: Recipe, chosen: History
-) -> None:
-    """Train as long as the chosen epoch took."""
-    num_epochs = chosen.best_epoch if recipe.steps.head else chosen.best_epoch + 1
-    log.info("epoch %d is the best; all is trained again for as long, on the images of val too", chosen.best_epoch)
-    folder = chosen.folder / REFIT
-    folder.mkdir(exist_ok=True)
-    if recipe.steps.head and not (folder / CHECKPOINT).exists():
-        refit_head(classifier, _list_versions(images, recipe), chosen.rows[0]["head_penalty"])
-    if num_epochs:
-        recipe = replace(recipe, schedule=replace(recipe.schedule, stops_after=num_epochs))
-        history = History(classifier, folder, partial(_report_again, chosen.report), judged_by="train/loss")
-        train_whole(classifier, images, val, recipe, history)
-        load_weights(classifier, folder / LAST)
-
-
-def _report_again(report: Report, epoch: int, metrics: dict[str, float]) -> None:
-    report(epoch, {f"{REFIT}/{name}": value for name, value in metrics.items()})
-
-
-def _list_versions(images: PreparedDataset, recipe: Recipe) -> list[PreparedDataset]:
-    """What a head learns from: the images as they are and, where it is all that learns from them, augmented ones."""
-    versions = [images] * NUM_AUGMENTED if recipe.steps.augments and not recipe.steps.whole else []
-    return [images.without_augmentation(), *versions]
 
 
 def train_whole(

@@ -38,11 +38,11 @@ def train_head(classifier: Classifier, versions: Sequence[PreparedDataset], val:
         An epoch's metrics, and the penalty as `head_penalty`; the classifier has the new head.
     """
     log.info("the head alone, on features of the frozen backbone")
-    features, targets = _compute_all(classifier, versions)
+    parts = [compute_features(classifier, dataset, epoch) for epoch, dataset in enumerate(versions)]
+    features, targets = (np.concatenate(part) for part in zip(*parts, strict=True))
     val_features, val_targets = compute_features(classifier, val)
-    num_train = len(versions[0])
-    known = np.concatenate([features[:num_train], val_features]), np.concatenate([targets[:num_train], val_targets])
-    folds = _list_folds(known[1], num_train)
+    known = np.concatenate([parts[0][0], val_features]), np.concatenate([parts[0][1], val_targets])
+    folds = _list_folds(known[1], len(parts[0][1]))
     penalty, head = _choose_penalty(*known, folds)
     if len(folds) > 1 or len(versions) > 1:  # else it is fitted to just these already
         head = _fit_head(features, targets, penalty / len(targets))
@@ -56,19 +56,6 @@ def train_head(classifier: Classifier, versions: Sequence[PreparedDataset], val:
     }
     _set_head(classifier.head, head)
     return {name: float(value) for name, value in metrics.items()}
-
-
-def refit_head(classifier: Classifier, versions: Sequence[PreparedDataset], penalty: float) -> None:
-    """The same on other images, with a penalty that was chosen before."""
-    features, targets = _compute_all(classifier, versions)
-    _set_head(classifier.head, _fit_head(features, targets, penalty / len(targets)))
-
-
-def _compute_all(classifier: Classifier, versions: Sequence[PreparedDataset]) -> tuple[np.ndarray, np.ndarray]:
-    """Features and targets of one version after the other."""
-    parts = [compute_features(classifier, dataset, epoch) for epoch, dataset in enumerate(versions)]
-    features, targets = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return features, targets
 
 
 def _choose_penalty(

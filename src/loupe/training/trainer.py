@@ -31,8 +31,7 @@ log = logging.getLogger(__name__)
 class Schedule:
     """How long and how carefully is trained; `patience` counts epochs without progress of what judges them on val.
 
-    Gradients of `accumulate` batches make a step; their norm is clipped to `gradient_clip`, 0 for never. Rates are
-    scheduled for `epochs`; where nothing is judged, `stops_after` so many of them ends the training.
+    Gradients of `accumulate` batches make a step; their norm is clipped to `gradient_clip`, 0 for never.
     """
 
     epochs: int
@@ -40,7 +39,6 @@ class Schedule:
     precision: Precision
     accumulate: int = 1
     gradient_clip: float = 1.0
-    stops_after: int | None = None
 
 
 class History(Callback):
@@ -102,23 +100,10 @@ class SeededEpochs(Callback):
 
 
 class EarlyStop(EarlyStopping):
-    """Lightning's; a training that it ended, and that is begun again before all is done, is not gone on with."""
+    """Lightning's; what it ended, and was then stopped before all was recorded, is not gone on with."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.should_stop = self.wait_count >= self.patience
-
-
-class StopAfter(Callback):
-    """Ends a training before its schedule does, after so many epochs."""
-
-    def __init__(self, num_epochs: int) -> None:
-        self.num_epochs = num_epochs
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.should_stop = trainer.current_epoch >= self.num_epochs
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.should_stop = trainer.current_epoch + 1 >= self.num_epochs
 
 
 def fit(
@@ -131,9 +116,6 @@ def fit(
 ) -> None:
     """Train on whatever accelerator there is; go on from the checkpoint in the history's folder, if there is one.
 
-    Args:
-        val: what epochs are judged by; not looked at where `schedule.stops_after` says the end.
-
     Raises:
         ConfigError: if a batch does not fit the memory.
     """
@@ -143,14 +125,13 @@ def fit(
         epoch = read_epoch(checkpoint)
         log.info("going on after %d epochs: an earlier training was stopped", epoch)
         train.sampler.set_epoch(epoch)  # type: ignore[attr-defined]  # Lightning fetches a batch before it tells
-    stops_early = EarlyStop(history.judged_by, patience=schedule.patience)
     trainer = Trainer(
         max_epochs=schedule.epochs,
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=1,
         precision=schedule.precision,
         callbacks=[
-            StopAfter(schedule.stops_after) if schedule.stops_after else stops_early,
+            EarlyStop(history.judged_by, patience=schedule.patience),
             SeededEpochs(seed),
             history,
             LastEpoch(checkpoint),
@@ -160,7 +141,6 @@ def fit(
         logger=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        limit_val_batches=0 if schedule.stops_after else None,
         accumulate_grad_batches=schedule.accumulate,
         gradient_clip_val=schedule.gradient_clip or None,
         log_every_n_steps=1,
