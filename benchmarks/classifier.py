@@ -14,8 +14,10 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +131,8 @@ def make_images(folder: Path, setting: Setting) -> pd.DataFrame:
         (folder / label).mkdir(parents=True)
     labels = LABELS * (setting.num_images // len(LABELS) + 1)
     paths = [f"{labels[number]}/{number:06d}.{setting.suffix}" for number in range(setting.num_images)]
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(lambda path: make_image(folder / path, setting), paths):
+    with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
+        for _ in pool.map(make_image, [folder / path for path in paths], repeat(setting), chunksize=256):
             pass
     rows = pd.DataFrame({"image_id": paths, "path": paths, "label": labels[: len(paths)], "mask_path": None})
     width, height = setting.size
@@ -247,8 +249,7 @@ def measure(case: Case, num_rounds: int) -> dict[str, list[float]]:
     speeds: dict[str, list[float]] = {name: [] for name in trainings}
     for number in range(num_rounds + 1):
         for name, training in trainings.items():
-            # As timm's train.py has it, and the ceiling is to have the fastest kernels; ours is as the trainer sets it.
-            torch.backends.cudnn.benchmark = name != "ours"
+            torch.backends.cudnn.benchmark = name != "ours"  # ours sets it itself, as timm's train.py does
             seconds = next(training)
             if number:
                 speeds[name].append(case.setting.num_images / seconds)

@@ -96,7 +96,10 @@ class ResidentDataset(Dataset[Batch]):
         return len(self.targets)
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
-        positions = torch.tensor([position for _, position in keys], device=self.targets.device)
+        device = self.targets.device
+        # From pinned memory, so that to fetch a batch does not wait for the steps before it.
+        positions = torch.tensor([position for _, position in keys], pin_memory=device.type == "cuda")
+        positions = positions.to(device, non_blocking=True)
         images = self.images[positions]
         if self.augmentation.steps:
             images = self.augmentation(images, keys[0][0], positions)

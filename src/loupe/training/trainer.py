@@ -130,6 +130,7 @@ def fit(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=1,
         precision=schedule.precision,
+        benchmark=True,  # cuDNN tries its kernels: batches are alike
         callbacks=[
             EarlyStop(history.judged_by, patience=schedule.patience),
             SeededEpochs(seed),
