@@ -6,6 +6,7 @@ from loupe.models.classifiers import get_data_config
 from loupe.models.detectors.base import detect, fit_detector, save_detector
 from loupe.models.detectors.family import build_detector, load_detector
 from loupe.models.detectors.features import FeatureConfig
+from loupe.models.detectors.knn_patches import choose_far_apart
 
 SIZE = (64, 96)
 
@@ -64,6 +65,27 @@ def test_the_same_seed_draws_the_same_patches_and_another_seed_others():
 def test_a_bank_larger_than_all_patches_does_not_depend_on_the_seed(fitted):
     images = draw_gradients(3, seed=1)
     torch.testing.assert_close(detect(fit(seed=1), images), detect(fitted, images))
+
+
+def test_points_far_from_the_many_are_chosen_first():
+    many = torch.rand(500, 3, generator=torch.Generator().manual_seed(0))
+    few = torch.tensor([[9.0, 0, 0], [0, -7, 0], [0, 0, 5]])
+    chosen = choose_far_apart(torch.cat([many, few]), 4)
+    assert sorted(map(tuple, chosen.tolist())) == sorted([tuple(many[0].tolist()), *map(tuple, few.tolist())])
+
+
+def test_one_of_each_of_five_tight_clusters_is_chosen():
+    generator = torch.Generator().manual_seed(0)
+    points = 10 * torch.eye(5).repeat(40, 1) + torch.randn(200, 5, generator=generator)
+    chosen = choose_far_apart(points, 5)
+    assert sorted(chosen.argmax(dim=1).tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_fewer_points_than_are_asked_for_are_all_chosen_and_repeated():
+    points = torch.rand(7, 2, generator=torch.Generator().manual_seed(0))
+    chosen = choose_far_apart(points, 20)
+    assert chosen.shape == (20, 2)
+    assert {tuple(one) for one in chosen.tolist()} == {tuple(one) for one in points.tolist()}
 
 
 def test_too_few_normal_images_are_refused_with_how_many_are_needed(fitted):
