@@ -78,6 +78,17 @@ def test_shuffled_images_keep_their_targets(draw):
     assert (batch[:, 0, 0, 0] % 3).tolist() == targets.tolist()
 
 
+def test_a_draw_has_of_each_class_its_share_and_of_the_rarest_one():
+    targets = np.repeat([0, 1, 2], [600, 398, 2])
+    images = np.zeros((1000, 1, 1, 1), np.uint8)
+    dataset = PreparedDataset(images, np.arange(1000), targets, build_augmentation(MOVES), seed=0)
+    drawn = dataset.draw(100)
+    assert list(np.bincount(drawn.targets)) == [60, 40, 1]
+    assert list(targets[drawn.rows]) == drawn.targets.tolist()
+    assert drawn.augmentation is None
+    assert list(dataset.draw(1000).rows) == list(dataset.draw(2000).rows) == list(range(1000))
+
+
 def positions(sampler, epoch):
     sampler.set_epoch(epoch)
     assert {of for of, _ in sampler} == {epoch}

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -5,6 +6,7 @@ from loupe.errors import WeightsError
 from loupe.models.classifiers import (
     ClassifierConfig,
     build_classifier,
+    compute_targets,
     get_data_config,
     load_classifier,
     predict_probabilities,
@@ -101,3 +103,7 @@ def test_the_head_alone_is_new(images):
 def test_unknown_weights_make_no_classifier():
     with pytest.raises(WeightsError, match=r"train_classifier\.weights must be one of"):
         build_classifier(config_of(), "imagenet")
+
+
+def test_targets_are_positions_in_the_order_of_classes():
+    assert list(compute_targets(np.array(["b", "a", "b"]), ["a", "b"])) == [1, 0, 1]

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 from torch.nn import functional as F
 
 from loupe.data.loading import PreparedDataset
@@ -20,12 +21,12 @@ from loupe.training.classifier import (
     RECIPES,
     ClassifierTraining,
     Recipe,
-    compute_targets,
+    train_head,
     train_network,
 )
 from loupe.training.detector import Reconstruction, train_detector
-from loupe.training.head import compute_features
-from loupe.training.trainer import Schedule, choose_batch_size, choose_epochs
+from loupe.training.head import JUDGED_BY, compute_features
+from loupe.training.trainer import History, Schedule, choose_batch_size, choose_epochs
 
 NUM_IMAGES = 48
 
@@ -78,10 +79,13 @@ def train(dataset, folder, recipe, report=lambda epoch, metrics: None, **options
     return classifier, train_network(classifier, dataset, dataset, recipe, folder, report)
 
 
+def predict(classifier, dataset):
+    images = torch.from_numpy(dataset.images[dataset.rows]).permute(0, 3, 1, 2)
+    return predict_probabilities(classifier.eval(), images)
+
+
 def compute_accuracy(classifier, dataset):
-    images = torch.from_numpy(dataset.images).permute(0, 3, 1, 2)
-    predicted = predict_probabilities(classifier.eval(), images).argmax(dim=1)
-    return (predicted == dataset.targets).float().mean()
+    return (predict(classifier, dataset).argmax(dim=1) == dataset.targets).float().mean()
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -122,13 +126,37 @@ def test_a_head_alone_leaves_the_backbone_as_it_was(bright_and_dark, tmp_path):
     assert {key for key in after if not torch.equal(before[key], after[key])} == heads
 
 
-def test_a_head_gives_what_scikit_learn_gives(bright_and_dark, tmp_path):
-    classifier, history = train(bright_and_dark, tmp_path, recipe_of("features"))
-    features, targets = compute_features(classifier, bright_and_dark)
+def divide(dataset):
+    """A third of it to judge by."""
+    is_val = np.arange(NUM_IMAGES) % 3 == 0
+    parts = (np.flatnonzero(rows) for rows in (~is_val, is_val))
+    return [PreparedDataset(dataset.images, rows, dataset.targets.numpy()[rows], None, seed=0) for rows in parts]
+
+
+def test_a_head_is_judged_without_val_and_kept_with_it(bright_and_dark, tmp_path):
+    fitted, val = divide(bright_and_dark)
+    classifier = build()
+    history = train_network(classifier, fitted, val, recipe_of("features"), tmp_path, lambda epoch, metrics: None)
+    (features, targets), (val_features, val_targets) = (compute_features(classifier, one) for one in (fitted, val))
     penalty = history.rows[0]["head_penalty"]
-    expected = LogisticRegression(C=penalty / NUM_IMAGES, max_iter=100).fit(features, targets).predict_proba(features)
-    images = torch.from_numpy(bright_and_dark.images).permute(0, 3, 1, 2)
-    np.testing.assert_allclose(predict_probabilities(classifier.eval(), images), expected, atol=1e-4)
+
+    judged = LogisticRegression(C=penalty / len(fitted)).fit(features, targets).predict_proba(val_features)
+    assert history.rows[0]["val/loss"] == pytest.approx(log_loss(val_targets, judged), rel=1e-3)
+    features, targets = np.concatenate([features, val_features]), np.concatenate([targets, val_targets])
+    kept = LogisticRegression(C=penalty / NUM_IMAGES).fit(features, targets).predict_proba(val_features)
+    np.testing.assert_allclose(predict(classifier, val), kept, atol=1e-4)
+    assert np.abs(kept - judged).max() > 1e-3
+
+
+def test_the_whole_network_goes_on_from_the_head_that_val_has_judged(bright_and_dark, tmp_path):
+    fitted, val = divide(bright_and_dark)
+    classifier = build()
+    history = History(classifier, tmp_path, lambda epoch, metrics: None, JUDGED_BY)
+    train_head(classifier, fitted, val, recipe_of(), history)
+    begun = F.nll_loss(predict(classifier, val).log(), val.targets).item()
+    assert begun == pytest.approx(history.rows[0]["val/loss"], rel=1e-3)
+    load_weights(classifier, tmp_path / "model.safetensors")
+    assert F.nll_loss(predict(classifier, val).log(), val.targets).item() < begun - 1e-3
 
 
 def test_pretrained_statistics_stay_where_batch_norm_must_not_adapt(bright_and_dark, tmp_path):
@@ -353,7 +381,3 @@ def test_a_gpu_gets_more_epochs_and_larger_batches(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_epochs(1000, 1000, 1e6, least=2, most=20) == 20
     assert choose_batch_size(50_000) == 256
-
-
-def test_targets_are_positions_in_the_order_of_classes():
-    assert list(compute_targets(np.array(["b", "a", "b"]), ["a", "b"])) == [1, 0, 1]

@@ -6,6 +6,7 @@ from typing import Any
 
 import albumentations as A
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
@@ -80,6 +81,14 @@ class PreparedDataset(Dataset[Batch]):
     def without_augmentation(self) -> "PreparedDataset":
         """The same images as they are."""
         return PreparedDataset(self.images, self.rows, self.targets.numpy(), None, self.seed)
+
+    def draw(self, num_images: int) -> "PreparedDataset":
+        """About so many of the images, plain: the same share of each class, at least one; all, if there are fewer."""
+        order = np.random.default_rng(self.seed).permutation(len(self))
+        targets = self.targets.numpy()[order]
+        places = pd.Series(targets).groupby(targets).cumcount().to_numpy()
+        drawn = np.sort(order[places * len(self) < num_images * np.bincount(targets)[targets]])
+        return PreparedDataset(self.images, self.rows[drawn], self.targets.numpy()[drawn], None, self.seed)
 
 
 class ResidentDataset(Dataset[Batch]):

@@ -4,9 +4,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import timm
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from loupe.models.files import load_config, load_weights, save_model
@@ -162,3 +163,9 @@ def predict_probabilities(
     device = next(classifier.parameters()).device
     parts = [classifier(batch.to(device)).float().softmax(dim=1).cpu() for batch in images.split(batch_size)]
     return torch.cat(parts)
+
+
+def compute_targets(labels: np.ndarray, classes: list[str]) -> Int64[np.ndarray, " num_images"]:
+    """The position of each label in `classes`."""
+    positions = {label: position for position, label in enumerate(classes)}
+    return np.array([positions[label] for label in labels], dtype=np.int64)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from loupe.errors import WeightsError
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+LAST = "last.safetensors"  # weights of the last epoch, beside those of the best
 
 
 def save_model(network: nn.Module, config: dict[str, Any], folder: Path) -> None:

@@ -12,16 +12,14 @@ from loupe.data.manifest import save_table
 from loupe.data.prepare import Prepared, load_prepared
 from loupe.evaluation.classification import build_predictions, compute_classification_metrics
 from loupe.evaluation.judgement import Answers, judge_classifier
-from loupe.models.classifiers import Classifier, load_classifier, predict_probabilities
-from loupe.models.files import load_config, load_weights
+from loupe.models.classifiers import Classifier, compute_targets, load_classifier, predict_probabilities
+from loupe.models.files import LAST, load_config, load_weights
 from loupe.reporting.page import render_page, save_page
 from loupe.stages.classifier_explanation import explain_classifier
 from loupe.stages.classifier_report import Report, describe_training, render_report, save_pictures
 from loupe.stages.entry import run_stage, save_json
 from loupe.stages.files import HISTORY, MODELS, PREPARED, REPORTS, RUN, SKIPPED, load_data_set
 from loupe.tracking.runs import connect, find_run, log_results
-from loupe.training.classifier import compute_targets
-from loupe.training.trainer import LAST
 
 FOLDER, MODEL = REPORTS / "classifier", MODELS / "classifier"
 METRICS, PAGE = REPORTS / "metrics" / "classifier.json", REPORTS / "classifier.html"

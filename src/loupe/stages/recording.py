@@ -14,6 +14,7 @@ import pandas as pd
 
 from loupe.config import Params
 from loupe.data.manifest import compute_data_digest, load_table
+from loupe.models.files import LAST
 from loupe.stages.entry import save_json
 from loupe.stages.files import (
     AUGMENT,
@@ -42,7 +43,6 @@ from loupe.tracking.runs import (
     log_stage_times,
     start_run,
 )
-from loupe.training.trainer import LAST
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -17,6 +17,7 @@ from loupe.models.classifiers import (
     ClassifierConfig,
     build_classifier,
     choose_channels,
+    compute_targets,
     get_data_config,
     save_classifier,
 )
@@ -27,7 +28,7 @@ from loupe.stages.files import MODELS, PREPARED, SKIPPED, TASKS
 from loupe.stages.recording import finish_recording, load_policy, open_memory, record_training
 from loupe.stages.reference import save_reference
 from loupe.tracking.runs import log_epoch
-from loupe.training.classifier import RECIPES, Recipe, compute_targets, train_network
+from loupe.training.classifier import RECIPES, Recipe, train_network
 from loupe.training.trainer import Schedule, choose_batch_size, choose_epochs, choose_precision
 
 # On two CPU cores the default backbone trains at about 0.9 million pixels a second: three minutes and a half.

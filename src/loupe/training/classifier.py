@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -22,7 +21,7 @@ from loupe.models.classifiers import Classifier
 from loupe.models.files import WEIGHTS, load_weights
 from loupe.models.optimization import build_optimizer, freeze_layers
 from loupe.models.preprocess import Preprocess
-from loupe.training.head import JUDGED_BY, train_head
+from loupe.training.head import JUDGED_BY, FrozenFeatures
 from loupe.training.trainer import (
     CHECKPOINT,
     History,
@@ -35,6 +34,7 @@ from loupe.training.trainer import (
 )
 
 NUM_AUGMENTED = 4  # augmented versions of each image whose features a head learns from
+ENOUGH_FOR_START = 2_500  # images for a head that the whole network goes on from
 
 log = logging.getLogger(__name__)
 
@@ -204,16 +204,28 @@ def train_network(
             from, so that it must belong to the same recipe and data.
         report: told each epoch's metrics. A head on frozen features is epoch 0.
     """
-    plain = train.without_augmentation()
-    train = train if recipe.steps.augments else plain
+    train = train if recipe.steps.augments else train.without_augmentation()
     history = History(classifier, folder, report, JUDGED_BY)
     if recipe.steps.head and not (folder / CHECKPOINT).exists():
-        versions = [train] * NUM_AUGMENTED if recipe.steps.augments and not recipe.steps.whole else []
-        history.add(train_head(classifier, [plain, *versions], val))
+        train_head(classifier, train, val, recipe, history)
     if recipe.steps.whole:
         train_whole(classifier, train, val, recipe, history)
     load_weights(classifier, folder / WEIGHTS)
     return history
+
+
+def train_head(
+    classifier: Classifier, train: PreparedDataset, val: PreparedDataset, recipe: Recipe, history: History
+) -> None:
+    """Epoch 0. What is kept of it has learnt from val too; what the whole network goes on from has not."""
+    if recipe.steps.whole:
+        versions = [train.draw(ENOUGH_FOR_START)]
+    else:
+        versions = [train.without_augmentation(), *[train] * (NUM_AUGMENTED if recipe.steps.augments else 0)]
+    features = FrozenFeatures(classifier, versions, val)
+    features.set_final_head()
+    history.add(features.compute_metrics())
+    features.set_head()
 
 
 def train_whole(
@@ -258,9 +270,3 @@ def _weigh_classes(train: PreparedDataset, classifier: Classifier, balances: boo
         return torch.ones(num_labels)
     counts = torch.bincount(train.targets, minlength=num_labels).clamp(min=1)
     return len(train) / (num_labels * counts.float())
-
-
-def compute_targets(labels: np.ndarray, classes: list[str]) -> Int64[np.ndarray, " num_images"]:
-    """The position of each label in `classes`."""
-    positions = {label: position for position, label in enumerate(classes)}
-    return np.array([positions[label] for label in labels], dtype=np.int64)

@@ -28,34 +28,53 @@ JUDGED_BY = "val/calibrated_loss"  # what is lowest at a classifier's best epoch
 log = logging.getLogger(__name__)
 
 
-def train_head(classifier: Classifier, versions: Sequence[PreparedDataset], val: PreparedDataset) -> dict[str, float]:
-    """Logistic regression on what the frozen backbone makes of the images; it is convex, and so needs no rate.
+class FrozenFeatures:
+    """What the frozen backbone makes of the images, which heads are fitted to; logistic regression needs no rate.
 
-    Args:
-        versions: the training images, plain and, each time anew, augmented.
-
-    Returns:
-        An epoch's metrics, and the penalty as `head_penalty`; the classifier has the new head.
+    The penalty is chosen once, and the head that val judges has not seen val.
     """
-    log.info("the head alone, on features of the frozen backbone")
-    parts = [compute_features(classifier, dataset, epoch) for epoch, dataset in enumerate(versions)]
+
+    def __init__(self, classifier: Classifier, versions: Sequence[PreparedDataset], val: PreparedDataset) -> None:
+        """Computes them.
+
+        Args:
+            versions: the training images, plain and, each time anew, augmented.
+        """
+        log.info("the head alone, on features of the frozen backbone")
+        self.classifier = classifier
+        self.parts = [compute_features(classifier, dataset, epoch) for epoch, dataset in enumerate(versions)]
+        self.val = compute_features(classifier, val)
+        plain, targets = _join([self.parts[0], self.val])
+        folds = _list_folds(targets, len(versions[0]))
+        self.penalty, self.head = _choose_penalty(plain, targets, folds)
+        if len(folds) > 1 or len(versions) > 1:  # else it is fitted to just these already
+            self.head = _fit_head(*_join(self.parts), self.penalty)
+
+    def compute_metrics(self) -> dict[str, float]:
+        """Of an epoch, with the penalty as `head_penalty`."""
+        features, targets = _join(self.parts)
+        probabilities = self.head.predict_proba(self.val[0])
+        metrics = {
+            "train/loss": log_loss(targets, self.head.predict_proba(features), labels=self.head.classes_),
+            "val/loss": log_loss(self.val[1], probabilities, labels=self.head.classes_),
+            JUDGED_BY: compute_calibrated_loss(self.val[1], probabilities),
+            "val/accuracy": accuracy_score(self.val[1], self.head.classes_[probabilities.argmax(axis=1)]),
+            "head_penalty": self.penalty,
+        }
+        return {name: float(value) for name, value in metrics.items()}
+
+    def set_head(self) -> None:
+        """Give the classifier the head that val has judged."""
+        _set_head(self.classifier.head, self.head)
+
+    def set_final_head(self) -> None:
+        """Give it the head to be kept, which is fitted to val too: that has judged by now, and is images as well."""
+        _set_head(self.classifier.head, _fit_head(*_join([*self.parts, self.val]), self.penalty))
+
+
+def _join(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     features, targets = (np.concatenate(part) for part in zip(*parts, strict=True))
-    val_features, val_targets = compute_features(classifier, val)
-    known = np.concatenate([parts[0][0], val_features]), np.concatenate([parts[0][1], val_targets])
-    folds = _list_folds(known[1], len(parts[0][1]))
-    penalty, head = _choose_penalty(*known, folds)
-    if len(folds) > 1 or len(versions) > 1:  # else it is fitted to just these already
-        head = _fit_head(features, targets, penalty / len(targets))
-    probabilities = head.predict_proba(val_features)
-    metrics = {
-        "train/loss": log_loss(targets, head.predict_proba(features), labels=head.classes_),
-        "val/loss": log_loss(val_targets, probabilities, labels=head.classes_),
-        JUDGED_BY: compute_calibrated_loss(val_targets, probabilities),
-        "val/accuracy": accuracy_score(val_targets, head.classes_[probabilities.argmax(axis=1)]),
-        "head_penalty": penalty,
-    }
-    _set_head(classifier.head, head)
-    return {name: float(value) for name, value in metrics.items()}
+    return features, targets
 
 
 def _choose_penalty(
@@ -72,7 +91,7 @@ def _choose_penalty(
     for penalty in PENALTIES:
         losses = []
         for fitted, judged in folds:
-            head = _fit_head(features[fitted], targets[fitted], penalty / len(fitted))
+            head = _fit_head(features[fitted], targets[fitted], penalty)
             losses.append(log_loss(targets[judged], head.predict_proba(features[judged]), labels=head.classes_))
         if np.mean(losses) >= least:
             break  # a weaker one would fit the training images only better still
@@ -90,10 +109,10 @@ def _list_folds(targets: Int64[np.ndarray, " num_images"], num_train: int) -> li
 
 
 def _fit_head(features: np.ndarray, targets: np.ndarray, penalty: float) -> LogisticRegression:
-    """A fit that ends before it has converged is judged by val like the others."""
+    """A fit that ends before it has converged is judged by val like the others; for `penalty` see PENALTIES."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return LogisticRegression(C=penalty, max_iter=MAX_ITERATIONS).fit(features, targets)
+        return LogisticRegression(C=penalty / len(targets), max_iter=MAX_ITERATIONS).fit(features, targets)
 
 
 def _set_head(layer: nn.Module, head: LogisticRegression) -> None:

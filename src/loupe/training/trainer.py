@@ -17,12 +17,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from loupe.errors import ConfigError
-from loupe.models.files import WEIGHTS, save_weights
+from loupe.models.files import LAST, WEIGHTS, save_weights
 from loupe.training.checkpoints import LastEpoch, SafetensorsIO, read_epoch
 
 Report = Callable[[int, dict[str, float]], None]  # the epoch, from 0, and its metrics
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
-LAST, CHECKPOINT = "last.safetensors", "checkpoint.safetensors"
+CHECKPOINT = "checkpoint.safetensors"
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,6 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.functional.image import (
-    multiscale_structural_similarity_index_measure,
-    structural_similarity_index_measure,
-)
 
 from loupe.errors import ConfigError
 from loupe.models.detectors.base import TrainedDetector
@@ -179,6 +175,7 @@ def compute_dissimilarities(
     The window is a Gaussian of 1.5 pixels, and images are mirrored at their borders. They go through torchmetrics one
     above the other: it splits a batch by its size, and a graph that takes batches of any size can't.
     """
+    from torchmetrics.functional.image import structural_similarity_index_measure  # torchmetrics takes seconds
 
     def stack(images: Tensor) -> Tensor:
         return F.pad(images, [WINDOW // 2] * 4, mode="reflect").transpose(0, 1).flatten(1, 2)[None]
@@ -195,6 +192,8 @@ def compute_dissimilarity(
     targets: Float[Tensor, "batch channels height width"], reconstructions: Float[Tensor, "batch channels height width"]
 ) -> Float[Tensor, ""]:
     """The mean of `compute_dissimilarities`, with images as channels of one: with gradients it took a tenth at most."""
+    from torchmetrics.functional.image import structural_similarity_index_measure  # torchmetrics takes seconds
+
     similarity = structural_similarity_index_measure(
         reconstructions.flatten(0, 1)[None], targets.flatten(0, 1)[None], data_range=1.0
     )
@@ -209,6 +208,8 @@ def compute_multiscale_dissimilarity(
 
     Each scale's similarity s goes in as (1 + s) / 2, as the power of a negative one is undefined.
     """
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure  # takes seconds
+
     similarity = multiscale_structural_similarity_index_measure(
         reconstructions, targets, data_range=1.0, normalize="simple"
     )
