@@ -25,8 +25,9 @@ from loupe.tracking.runs import (
 
 # Trains for ever, and says when it began.
 ENDLESS = """
-import time
+import signal, time
 from loupe.tracking.runs import connect, start_run
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that a shell runs with & would have it ignored
 connect("images")
 with start_run("classifier", {}, {}) as run_id:
     print(run_id, flush=True)
