@@ -38,9 +38,9 @@ def test_lines_come_in_order_and_blank_ones_are_left_out():
 
 
 def test_programs_keep_the_memory_that_they_free_unless_told_otherwise(monkeypatch):
-    # Python's arrays here are of 16 MB: given back to Linux, each would be 4,096 pages to be cleared again.
+    # Each array has 16 MB: given back to Linux, that would be 4,096 pages to be cleared again.
     program = (
-        "import mmap, numpy, resource\n"
+        "import numpy, resource\n"
         "def fill(): numpy.ones((16, 1 << 18), dtype=numpy.float32)\n"
         "fill()\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
