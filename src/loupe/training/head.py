@@ -35,7 +35,7 @@ class FrozenFeatures:
     """
 
     def __init__(self, classifier: Classifier, versions: Sequence[PreparedDataset], val: PreparedDataset) -> None:
-        """Computes them.
+        """Computes the features, chooses the penalty and fits the head that val is to judge.
 
         Args:
             versions: the training images, plain and, each time anew, augmented.
