@@ -24,8 +24,8 @@ Embed = Callable[
 def save_reference(prepared: Prepared, embed: Embed, folder: Path) -> None:
     """Write reference.parquet into `folder`, a row for each image of calibration and val: some hundreds are enough.
 
-    Its columns are `image_id`, `path`, `embedding` and, of a detector, `anomaly_score`. A classifier's head may have learnt
-    from val; what it embeds by, the network below the head, has not.
+    Its columns are `image_id`, `path`, `embedding` and, of a detector, `anomaly_score`. A classifier's head may have
+    learnt from val; what it embeds by, the network below the head, has not.
 
     Args:
         embed: gives embeddings and anomaly scores of a batch, None for the latter where there are none.
