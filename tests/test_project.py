@@ -9,6 +9,8 @@ import grimp
 import pytest
 import yaml
 
+from loupe.stages.__main__ import OF_IMAGES, OF_TASKS
+
 ROOT = Path(__file__).parent.parent
 # These parse, name and report, and compute nothing: no stage is done again because of them.
 COMPUTE_NOTHING = {
@@ -16,6 +18,7 @@ COMPUTE_NOTHING = {
     "src/loupe/errors.py",
     "src/loupe/stages/entry.py",
     "src/loupe/stages/files.py",
+    "src/loupe/stages/skipping.py",
 }
 
 
@@ -46,8 +49,12 @@ def is_docstring_alone(file):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_runs_the_module_of_its_name(name):
-    assert STAGES[name]["cmd"] == f"python -m loupe.stages.{name}"
+    assert STAGES[name]["cmd"] == f"python -m loupe.stages {name}"
     assert (ROOT / f"src/loupe/stages/{name}.py").exists()
+
+
+def test_the_stages_that_can_be_run_are_those_of_dvc():
+    assert set(OF_IMAGES + OF_TASKS) == set(STAGES)
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -11,7 +11,7 @@ from loupe.data.images import Geometry
 from loupe.data.prepare import Prepared
 from loupe.evaluation.judgement import Answers, judge_classifier
 from loupe.models.classifiers import ClassifierConfig, build_classifier, predict_probabilities
-from loupe.reporting.page import render_page, save_page
+from loupe.reporting.page import save_page
 from loupe.stages.classifier_explanation import explain_classifier
 from loupe.stages.classifier_report import Report, describe_training, render_report, save_pictures
 
@@ -226,8 +226,3 @@ def test_of_many_labels_the_confusion_is_a_picture(save, show):
     assert shown.locator(".labels tbody tr").count() == 60
     assert "10 more labels" in shown.locator("#labels").inner_text()
     assert shown.evaluate("document.documentElement.scrollWidth") == 400
-
-
-def test_why_no_classifier_was_trained_is_a_page_too():
-    page = render_page("skipped.html.jinja", {"name": "tiles", "reason": "there is one class (<b>good</b>)"})
-    assert "there is one class (&lt;b&gt;good&lt;/b&gt;)" in page

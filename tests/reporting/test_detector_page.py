@@ -14,7 +14,7 @@ from loupe.data.prepare import Prepared
 from loupe.evaluation.detection import Pixels, Scored, judge_detector
 from loupe.evaluation.thresholds import compute_threshold, explain_threshold
 from loupe.models.detectors.base import Detector
-from loupe.reporting.page import render_page, save_page
+from loupe.reporting.page import save_page
 from loupe.stages.detector_explanation import MOST_THUMBNAILS, compute_in_batches, explain_detector
 from loupe.stages.detector_report import Report, describe_detector, render_report, save_pictures
 
@@ -369,13 +369,6 @@ def test_of_many_images_a_part_is_shown_with_all_that_are_pictured(save):
     assert (np.diff(scores) <= 0).all()
     np.testing.assert_allclose(np.median(scores), np.median(report.test.scores), rtol=0.02)
     assert "200 of the 400 test images" in save(report)[0].read_text(encoding="utf-8")
-
-
-def test_why_no_detector_was_trained_is_a_page_too():
-    page = render_page(
-        "skipped.html.jinja", {"name": "pets", "task": "detector", "reason": "no label is <b>normal</b>"}
-    )
-    assert "No detector was trained: no label is &lt;b&gt;normal&lt;/b&gt;" in page
 
 
 def test_facts_name_the_backbone_of_the_detector_of_tiles_too():

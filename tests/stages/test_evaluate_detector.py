@@ -132,11 +132,3 @@ def test_scores_that_are_no_numbers_stop_the_stage_with_what_to_do(params, proje
     monkeypatch.setattr(stage, "MODEL", tmp_path)
     with pytest.raises(DataError, match=r"scores of 26 of 26 test images are no finite numbers: .* train it again"):
         evaluate_detector(params)
-
-
-def test_a_detector_that_was_not_trained_leaves_a_page_that_says_why(params, project, tmp_path, monkeypatch):
-    (tmp_path / "skipped.json").write_text(json.dumps({"reason": "no label is normal"}))
-    monkeypatch.setattr(stage, "MODEL", tmp_path)
-    evaluate_detector(params)
-    assert json.loads((project / "reports/metrics/detector.json").read_text()) == {}
-    assert "No detector was trained: no label is normal." in (project / "reports/detector.html").read_text()

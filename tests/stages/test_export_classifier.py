@@ -107,12 +107,3 @@ def test_test_images_alone_are_compared_a_part_at_a_time(params, project, monkey
     assert [len(images) for images in seen] == [3, 3, 1]
     np.testing.assert_array_equal(np.concatenate(seen).transpose(0, 2, 3, 1), prepared.images[prepared.rows_of("test")])
     assert load_figures(project)["classifier/export/agrees"]
-
-
-def test_without_a_classifier_there_is_nothing_to_export(params, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models/classifier").mkdir(parents=True)
-    (tmp_path / "models/classifier/skipped.json").write_text('{"reason": "one class"}')
-    export_classifier(params)
-    assert load_figures(tmp_path) == {}
-    assert list((tmp_path / EXPORTED).parent.iterdir()) == []

@@ -94,12 +94,3 @@ def test_a_file_that_answers_otherwise_is_recorded_and_fails_nothing(params, pro
     assert json.loads((project / FIGURES).read_text())["detector/export/agrees"] is False
     assert mlflow.MlflowClient().get_run(run_id).data.metrics["detector/export/agrees"] == 0.0
     assert "will not be promoted" in caplog.messages[-1]
-
-
-def test_without_a_detector_there_is_nothing_to_export(params, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models/detector").mkdir(parents=True)
-    (tmp_path / "models/detector/skipped.json").write_text('{"reason": "nothing is normal"}')
-    export_detector(params)
-    assert json.loads((tmp_path / FIGURES).read_text()) == {}
-    assert list((tmp_path / EXPORTED).parent.iterdir()) == []

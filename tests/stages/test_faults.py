@@ -29,7 +29,7 @@ class Project:
         environment = {**os.environ, "PYTHONPATH": str(self.repository / "src")}
         told = ""
         for stage in stages:
-            command = [sys.executable, "-m", f"loupe.stages.{stage}"]
+            command = [sys.executable, "-m", "loupe.stages", stage]
             done = subprocess.run(
                 command, cwd=self.place, env=environment, capture_output=True, text=True, timeout=60, check=False
             )

@@ -6,7 +6,7 @@ from loupe.config import Params, Policy
 from loupe.data.prepare import load_prepared
 from loupe.data.sheets import draw_rows
 from loupe.data.transforms import augment_versions, build_augmentation, choose_policy
-from loupe.stages.entry import run_stage, save_json
+from loupe.stages.entry import save_json
 from loupe.stages.files import AUGMENT, CONTACT_SHEET, POLICY, PREPARED, SKIPPED
 
 NUM_ORIGINALS, NUM_VERSIONS = 8, 7
@@ -36,7 +36,3 @@ def _read_policy(params: Params, task: str) -> Policy:
     """A detector in closed form knows images as they are, and nothing is overfitted by it."""
     policy: Policy = getattr(params.augment, task)
     return "none" if task == "detector" and policy == "auto" and params.train_detector.is_closed_form else policy
-
-
-if __name__ == "__main__":
-    run_stage(augment)

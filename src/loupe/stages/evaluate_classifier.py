@@ -1,6 +1,5 @@
 """Test the classifier, once: figures, predictions, pictures and a page for DVC and for the run that made it."""
 
-import json
 import logging
 
 import numpy as np
@@ -14,11 +13,11 @@ from loupe.evaluation.classification import build_predictions, compute_classific
 from loupe.evaluation.judgement import Answers, judge_classifier
 from loupe.models.classifiers import Classifier, compute_targets, load_classifier, predict_probabilities
 from loupe.models.files import LAST, load_config, load_weights
-from loupe.reporting.page import render_page, save_page
+from loupe.reporting.page import save_page
 from loupe.stages.classifier_explanation import explain_classifier
 from loupe.stages.classifier_report import Report, describe_training, render_report, save_pictures
-from loupe.stages.entry import run_stage, save_json
-from loupe.stages.files import HISTORY, MODELS, PREPARED, REPORTS, RUN, SKIPPED, load_data_set
+from loupe.stages.entry import save_json
+from loupe.stages.files import HISTORY, MODELS, PREPARED, REPORTS, RUN, load_data_set
 from loupe.tracking.runs import connect, find_run, log_results
 
 FOLDER, MODEL = REPORTS / "classifier", MODELS / "classifier"
@@ -29,9 +28,6 @@ log = logging.getLogger(__name__)
 
 def evaluate_classifier(params: Params) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
-    if (MODEL / SKIPPED).exists():
-        _say_why_not()
-        return
     prepared, classifier = load_prepared(PREPARED / "classifier"), _load_classifier()
     labels, rows = classifier.config.labels, prepared.rows_of("test")
     test, calibration = (_ask(classifier, prepared, split) for split in ("test", "calibration"))
@@ -55,13 +51,6 @@ def evaluate_classifier(params: Params) -> None:
     for metric, value in metrics.items():
         if metric.count("/") == 2:  # those of single labels stand on the page
             log.info("%s %.6g", metric, value)
-
-
-def _say_why_not() -> None:
-    """DVC's outs are there all the same."""
-    reason = json.loads((MODEL / SKIPPED).read_text(encoding="utf-8"))["reason"]
-    save_json({}, METRICS)
-    save_page(render_page("skipped.html.jinja", {"name": load_data_set().name, "reason": reason}), PAGE)
 
 
 def _load_classifier() -> Classifier:
@@ -95,7 +84,3 @@ def _describe_run(prepared: Prepared) -> dict[str, float]:
             f"classifier/{split}/num_images": len(prepared.rows_of(split)) for split in ("test", "train", "calibration")
         },
     }
-
-
-if __name__ == "__main__":
-    run_stage(evaluate_classifier)

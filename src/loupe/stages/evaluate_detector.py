@@ -1,6 +1,5 @@
 """Test the detector, once: figures, scores, pictures and a page for DVC and for the run that made it."""
 
-import json
 import logging
 
 import numpy as np
@@ -17,11 +16,11 @@ from loupe.evaluation.thresholds import explain_threshold
 from loupe.models.detectors.base import Detector
 from loupe.models.detectors.family import load_detector
 from loupe.models.files import load_config
-from loupe.reporting.page import render_page, save_page
+from loupe.reporting.page import save_page
 from loupe.stages.detector_explanation import compute_in_batches, explain_detector
 from loupe.stages.detector_report import Report, describe_detector, render_report, save_pictures
-from loupe.stages.entry import run_stage, save_json
-from loupe.stages.files import CALIBRATION, HISTORY, MODELS, PREPARED, REPORTS, RUN, SKIPPED, load_data_set
+from loupe.stages.entry import save_json
+from loupe.stages.files import CALIBRATION, HISTORY, MODELS, PREPARED, REPORTS, RUN, load_data_set
 from loupe.tracking.runs import connect, find_run, log_results
 
 FOLDER, MODEL = REPORTS / "detector", MODELS / "detector"
@@ -33,9 +32,6 @@ log = logging.getLogger(__name__)
 
 def evaluate_detector(params: Params) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
-    if (MODEL / SKIPPED).exists():
-        _say_why_not()
-        return
     prepared, config, name = load_prepared(PREPARED / "detector"), load_config(MODEL), load_data_set().name
     detector = load_detector(MODEL).to("cuda" if torch.cuda.is_available() else "cpu")
     rows = prepared.rows_of("test")
@@ -62,14 +58,6 @@ def evaluate_detector(params: Params) -> None:
     for metric, value in metrics.items():
         if metric.count("/") == 2:  # those of single kinds stand on the page
             log.info("%s %.6g", metric, value)
-
-
-def _say_why_not() -> None:
-    """DVC's outs are there all the same."""
-    reason = json.loads((MODEL / SKIPPED).read_text(encoding="utf-8"))["reason"]
-    values = {"name": load_data_set().name, "task": "detector", "reason": reason}
-    save_json({}, METRICS)
-    save_page(render_page("skipped.html.jinja", values), PAGE)
 
 
 def _load_history() -> pd.DataFrame | None:
@@ -140,7 +128,3 @@ def _save_scores(prepared: Prepared, rows: Int64[np.ndarray, " num_images"], tes
         }
     )
     save_table(table, FOLDER / "scores.parquet")
-
-
-if __name__ == "__main__":
-    run_stage(evaluate_detector)

@@ -12,8 +12,8 @@ from loupe.data.prepare import Prepared, load_prepared
 from loupe.evaluation.agreement import compare_scores
 from loupe.models import export
 from loupe.models.classifiers import Classifier, load_classifier, predict_probabilities
-from loupe.stages.entry import run_stage, save_json
-from loupe.stages.files import MODELS, PREPARED, REPORTS, RUN, SKIPPED, load_data_set
+from loupe.stages.entry import save_json
+from loupe.stages.files import MODELS, PREPARED, REPORTS, RUN, load_data_set
 from loupe.tracking.runs import connect, find_run, log_results
 
 MODEL, FOLDER = MODELS / "classifier", MODELS / "exported" / "classifier"
@@ -26,9 +26,6 @@ log = logging.getLogger(__name__)
 
 def export_classifier(params: Params) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
-    if (MODEL / SKIPPED).exists():
-        save_json({}, METRICS)
-        return
     path = FOLDER / "model.onnx"
     prepared = load_prepared(PREPARED / "classifier")
     classifier = load_classifier(MODEL)
@@ -54,7 +51,3 @@ def _predict_twice(classifier: Classifier, path: Path, prepared: Prepared) -> tu
         by_torch.append(predict_probabilities(classifier, torch.from_numpy(images)).numpy())
         by_file += exported.run(images)
     return np.concatenate(by_torch), np.concatenate(by_file)
-
-
-if __name__ == "__main__":
-    run_stage(export_classifier)

@@ -15,8 +15,8 @@ from loupe.models import export
 from loupe.models.detectors.base import Detector, detect
 from loupe.models.detectors.family import load_detector
 from loupe.models.files import load_config
-from loupe.stages.entry import run_stage, save_json
-from loupe.stages.files import MODELS, PREPARED, REPORTS, RUN, SKIPPED, load_data_set
+from loupe.stages.entry import save_json
+from loupe.stages.files import MODELS, PREPARED, REPORTS, RUN, load_data_set
 from loupe.tracking.runs import connect, find_run, log_results
 
 MODEL, FOLDER = MODELS / "detector", MODELS / "exported" / "detector"
@@ -29,9 +29,6 @@ log = logging.getLogger(__name__)
 
 def export_detector(params: Params) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
-    if (MODEL / SKIPPED).exists():
-        save_json({}, METRICS)
-        return
     path, threshold = FOLDER / "model.onnx", float(load_config(MODEL)["threshold"])
     prepared, detector = load_prepared(PREPARED / "detector"), load_detector(MODEL)
     example = torch.from_numpy(next(prepared.read_batches(np.arange(NUM_EXAMPLES), NUM_EXAMPLES)))
@@ -55,7 +52,3 @@ def _detect_twice(detector: Detector, path: Path, prepared: Prepared) -> Iterato
         scores, maps = detect(detector, torch.from_numpy(images))
         exported_scores, exported_maps = exported.run(images)
         yield (scores.numpy(), maps.numpy()), (exported_scores, exported_maps)
-
-
-if __name__ == "__main__":
-    run_stage(export_detector)

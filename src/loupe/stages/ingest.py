@@ -19,7 +19,7 @@ from loupe.data.manifest import (
     save_table,
 )
 from loupe.data.sources import LAYOUTS, list_images, name_source
-from loupe.stages.entry import run_stage, save_json
+from loupe.stages.entry import save_json
 from loupe.stages.files import FACTS_MEMORY, LISTING, MANIFEST, MASKS, QUALITY, QUARANTINE
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,3 @@ def _recall(version: str) -> pd.DataFrame | None:
         return None
     facts = load_table(FACTS_MEMORY)
     return facts[facts["version"].eq(version)].drop(columns="version")
-
-
-if __name__ == "__main__":
-    run_stage(ingest)

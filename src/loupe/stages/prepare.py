@@ -19,7 +19,7 @@ from loupe.data.prepare import (
 from loupe.data.split import Tasks, load_tasks
 from loupe.models.classifiers import get_data_config
 from loupe.models.input_size import check_input_size
-from loupe.stages.entry import run_stage, save_json
+from loupe.stages.entry import save_json
 from loupe.stages.files import MANIFEST, PREPARED, SKIPPED, SPLITS, TASKS
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,3 @@ def _read_size(value: int | list[int] | str) -> tuple[int, int] | None:
     if isinstance(value, str):
         return None
     return (value, value) if isinstance(value, int) else (value[0], value[1])
-
-
-if __name__ == "__main__":
-    run_stage(prepare)

@@ -19,7 +19,7 @@ from loupe.data.split import (
     list_contents,
 )
 from loupe.errors import DataError
-from loupe.stages.entry import run_stage, save_json
+from loupe.stages.entry import save_json
 from loupe.stages.files import MANIFEST, QUALITY, SPLIT_RULES, SPLITS, TASKS
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,3 @@ def _refuse_leaks(contents: pd.DataFrame, pairs: pd.DataFrame) -> None:
             f"{len(leaks)} pairs of near-duplicates or groups are in two splits, first {leaks['first'].iloc[0]} and "
             f"{leaks['second'].iloc[0]}: remove data/split and run again, so that all is divided anew"
         )
-
-
-if __name__ == "__main__":
-    run_stage(split)

@@ -23,8 +23,7 @@ from loupe.models.classifiers import (
 )
 from loupe.models.optimization import check_optimizer
 from loupe.models.weights import depends_on_size, describe_source
-from loupe.stages.entry import run_stage, save_json
-from loupe.stages.files import MODELS, PREPARED, SKIPPED, TASKS
+from loupe.stages.files import MODELS, PREPARED, TASKS
 from loupe.stages.recording import finish_recording, load_policy, open_memory, record_training
 from loupe.stages.reference import save_reference
 from loupe.tracking.runs import log_epoch
@@ -60,9 +59,6 @@ log = logging.getLogger(__name__)
 
 def train_classifier(params: Params) -> None:
     tasks, section = load_tasks(TASKS), params.train_classifier
-    if tasks.no_classifier_because:
-        save_json({"reason": tasks.no_classifier_because}, FOLDER / SKIPPED)
-        return
     check_optimizer(section.optimizer)
     seed_everything(params.seed, workers=True, verbose=False)
     prepared, weights = load_prepared(PREPARED / "classifier"), _choose_weights(section)
@@ -197,7 +193,3 @@ def _build_dataset(prepared: Prepared, split: str, labels: list[str], seed: int)
     targets = compute_targets(prepared.index["label"].to_numpy()[rows], labels)
     augmentation = build_augmentation(load_policy("classifier")) if split == "train" else None
     return PreparedDataset(prepared.images, rows, targets, augmentation, seed)
-
-
-if __name__ == "__main__":
-    run_stage(train_classifier)

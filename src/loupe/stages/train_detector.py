@@ -41,8 +41,7 @@ from loupe.models.detectors.family import FAMILY, build_detector
 from loupe.models.detectors.features import FeatureConfig
 from loupe.models.detectors.tiling import TiledDetector, TiledImages, TilingConfig, choose_tiles
 from loupe.models.weights import describe_source
-from loupe.stages.entry import run_stage, save_json
-from loupe.stages.files import CALIBRATION, MODELS, PREPARED, SKIPPED, TASKS
+from loupe.stages.files import CALIBRATION, MODELS, PREPARED, TASKS
 from loupe.stages.recording import finish_recording, load_policy, open_memory, record_training
 from loupe.stages.reference import save_reference
 from loupe.tracking.runs import log_epoch
@@ -76,9 +75,6 @@ class Fitted:
 
 def train_detector(params: Params) -> None:
     tasks, section = load_tasks(TASKS), params.train_detector
-    if tasks.no_detector_because:
-        save_json({"reason": tasks.no_detector_because}, FOLDER / SKIPPED)
-        return
     seed_everything(params.seed, workers=True, verbose=False)
     prepared = load_prepared(PREPARED / "detector")
     config = build_config(section, prepared)
@@ -263,7 +259,3 @@ def choose_rate(section: Section, num_calibration: int) -> float:
         rate = section.false_alarm_rate
     check_false_alarm_rate(rate, num_calibration)
     return rate
-
-
-if __name__ == "__main__":
-    run_stage(train_detector)

@@ -20,7 +20,7 @@ from loupe.data.sources import LAYOUTS
 from loupe.data.split import find_leaks, list_contents
 from loupe.errors import DataError, ValidationError
 from loupe.reporting.page import embed_picture, render_page, save_page, shrink_picture
-from loupe.stages.entry import run_stage, save_json
+from loupe.stages.entry import save_json
 from loupe.stages.files import (
     DATA_DOCS,
     DATA_REPORT,
@@ -107,7 +107,3 @@ def _tell(findings: Sequence[Finding], source: str) -> None:
             f"the images of {source} can't be trained on. {'. '.join(failed)}. "
             "Mend or remove these files, or change the limits under `validate` in params.yaml"
         )
-
-
-if __name__ == "__main__":
-    run_stage(validate)
