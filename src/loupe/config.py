@@ -130,6 +130,7 @@ class TrainClassifier(Section):
     mixup: NotNegative
     cutmix: NotNegative
     ema_decay: Fraction | Auto
+    refit: bool | Auto
     class_weights: Literal["none", "balanced"]
     accumulate: PositiveInt
     gradient_clip: NotNegative
@@ -141,6 +142,12 @@ class TrainClassifier(Section):
     def _scratch_starts_from_nothing(self) -> Self:
         if self.recipe.startswith("scratch") and self.weights not in ("auto", "none"):
             raise ValueError(f"weights must be auto or none with the recipe {self.recipe}, got {self.weights!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _plateau_needs_val(self) -> Self:
+        if self.refit is True and self.schedule == "plateau":
+            raise ValueError("refit must be auto or false with the schedule plateau, which watches val")
         return self
 
 

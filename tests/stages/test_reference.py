@@ -9,7 +9,7 @@ from loupe.stages.reference import save_reference
 NUM_IMAGES = 40
 
 
-def test_the_reference_is_of_calibration_and_val_and_of_no_others(tmp_path):
+def test_the_reference_is_of_the_splits_it_is_asked_for_and_of_no_others(tmp_path):
     images = np.arange(NUM_IMAGES, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 1), np.uint8)
     index = pd.DataFrame(
         {
@@ -19,7 +19,12 @@ def test_the_reference_is_of_calibration_and_val_and_of_no_others(tmp_path):
         }
     )
     prepared = Prepared(images, images[:0, ..., 0], index, Geometry(8, 8, 1, 8, 8, 8, 8, "crop", "bicubic"))
-    save_reference(prepared, lambda batch: (batch.float().mean((2, 3)), batch.amax((1, 2, 3))), tmp_path)
+    save_reference(
+        prepared,
+        ("calibration", "val"),
+        lambda batch: (batch.float().mean((2, 3)), batch.amax((1, 2, 3))),
+        tmp_path,
+    )
     table = load_table(tmp_path / "reference.parquet")
     numbers = [*range(2, NUM_IMAGES, 4), *range(1, NUM_IMAGES, 4)]
     assert list(table["image_id"]) == [f"id{number}" for number in numbers]

@@ -34,6 +34,26 @@ def test_few_images_change_less_of_a_pretrained_network(num_images, knobs, expec
 
 
 @pytest.mark.parametrize(
+    ("num_images", "geometry", "knobs", "refits"),
+    [
+        (130, PHOTOS, {}, True),
+        (150, PHOTOS, {}, False),  # there is no time
+        (150, PHOTOS, {"epochs": 5}, True),
+        (130, PHOTOS, {"refit": False}, False),
+        (130, PHOTOS, {"recipe": "features"}, False),
+        (130, PHOTOS, {"recipe": "scratch"}, False),
+        (130, PHOTOS, {"schedule": "plateau"}, False),
+        (1_500, SMALL, {}, True),
+        (9_000, SMALL, {}, False),
+        (9_000, SMALL, {"refit": True}, True),
+    ],
+)
+def test_few_images_are_trained_on_again_with_those_of_val(num_images, geometry, knobs, refits):
+    section = load_params().train_classifier.model_copy(update=knobs)
+    assert choose_recipe(section, prepare(num_images, geometry)).refits == refits
+
+
+@pytest.mark.parametrize(
     ("num_images", "geometry", "knobs", "size"),
     [
         (100, PHOTOS, {}, 288),

@@ -21,8 +21,10 @@ from loupe.training.classifier import (
     RECIPES,
     ClassifierTraining,
     Recipe,
+    is_refitted,
     train_head,
     train_network,
+    train_whole,
 )
 from loupe.training.detector import Reconstruction, train_detector
 from loupe.training.head import JUDGED_BY, compute_features
@@ -68,6 +70,7 @@ def recipe_of(name="fine_tuned", epochs=2, patience=5, **knobs):
         "ema_decay": 0.0,
         "balances_classes": False,
         "adapts_batch_norm": True,
+        "refits": False,
         "compiles": False,
     }
     return Recipe(**(plain | knobs))
@@ -226,6 +229,66 @@ def test_the_order_of_images_goes_on_after_a_stop_with_workers_too(bright_and_da
         train(bright_and_dark, tmp_path / "stopped", recipe, stop)
     _, history = train(bright_and_dark, tmp_path / "stopped", recipe)
     pd.testing.assert_frame_equal(history.to_table(), expected.to_table())
+
+
+REFIT = {"epochs": 4, "patience": 2, "learning_rate": 0.02, "label_smoothing": 0.0, "refits": True}
+
+
+def train_divided(dataset, folder, recipe, report=lambda epoch, metrics: None):
+    """Half of the images are trained on, and the others are val."""
+    folder.mkdir(exist_ok=True)
+    classifier = build(drop_rate=0.3)
+    return classifier, train_network(classifier, *divide(dataset), recipe, folder, report)
+
+
+def test_once_val_has_judged_all_epochs_are_trained_again_on_its_images_too(bright_and_dark, tmp_path):
+    told = []
+    refitted, history = train_divided(
+        bright_and_dark, tmp_path / "twice", recipe_of(**REFIT), lambda *one: told.append(one)
+    )
+    once, expected = train_divided(bright_and_dark, tmp_path / "once", recipe_of(**REFIT | {"refits": False}))
+    assert is_refitted(recipe_of(**REFIT), history)
+    pd.testing.assert_frame_equal(history.to_table(), expected.to_table())
+    assert [epoch for epoch, metrics in told if "refit/train/loss" in metrics] == [0, 1, 2, 3]
+    assert not any("val" in name for _, metrics in told for name in metrics if name.startswith("refit"))
+
+    alone = build(drop_rate=0.3)
+    load_weights(alone, tmp_path / "twice" / "start.safetensors")
+    train, val = divide(bright_and_dark)
+    again = History(alone, tmp_path, lambda epoch, metrics: None, "train/loss")
+    train_whole(alone, train.join(val), None, recipe_of(**REFIT), again)
+    assert all(torch.equal(value, alone.state_dict()[key]) for key, value in refitted.state_dict().items())
+    assert not torch.equal(refitted.head.weight, once.head.weight)
+
+
+def test_a_head_that_val_prefers_is_not_trained_on(bright_and_dark, tmp_path):
+    recipe = recipe_of(**REFIT | {"optimizer": "sgd", "learning_rate": 1e30})
+    told = []
+    classifier, history = train_divided(bright_and_dark, tmp_path, recipe, lambda epoch, _: told.append(epoch))
+    assert history.best_epoch == 0
+    assert not is_refitted(recipe, history)
+    assert told == list(range(len(history.rows)))
+    kept = {key: value.clone() for key, value in classifier.state_dict().items()}
+    load_weights(classifier, tmp_path / "model.safetensors")
+    assert all(torch.equal(kept[key], value) for key, value in classifier.state_dict().items())
+
+
+@pytest.mark.parametrize("stopped_at", [0, 2, 3])
+def test_what_is_stopped_while_it_is_trained_again_goes_on_there(bright_and_dark, tmp_path, stopped_at):
+    recipe = recipe_of(**REFIT)
+    whole, expected = train_divided(bright_and_dark, tmp_path / "whole", recipe)
+
+    def stop(epoch, metrics):
+        if epoch == stopped_at and "refit/train/loss" in metrics:
+            raise KeyboardInterrupt
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train_divided(bright_and_dark, tmp_path / "stopped", recipe, stop)
+    told = []
+    resumed, history = train_divided(bright_and_dark, tmp_path / "stopped", recipe, lambda *one: told.append(one))
+    pd.testing.assert_frame_equal(history.to_table(), expected.to_table())
+    assert [epoch for epoch, metrics in told if "refit/train/loss" in metrics] == [0, 1, 2, 3]
+    assert all(torch.equal(one, whole.state_dict()[key]) for key, one in resumed.state_dict().items())
 
 
 def test_a_moving_average_is_what_is_validated_and_kept(bright_and_dark, tmp_path):

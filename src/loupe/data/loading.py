@@ -82,6 +82,11 @@ class PreparedDataset(Dataset[Batch]):
         """The same images as they are."""
         return PreparedDataset(self.images, self.rows, self.targets.numpy(), None, self.seed)
 
+    def join(self, other: "PreparedDataset") -> "PreparedDataset":
+        """The images of both, which were prepared together; all are augmented as these are."""
+        rows, targets = np.concatenate([self.rows, other.rows]), torch.cat([self.targets, other.targets])
+        return PreparedDataset(self.images, rows, targets.numpy(), self.augmentation, self.seed)
+
     def draw(self, num_images: int) -> "PreparedDataset":
         """About so many of the images, plain: the same share of each class, at least one; all, if there are fewer."""
         order = np.random.default_rng(self.seed).permutation(len(self))

@@ -59,7 +59,11 @@ def describe_training(
             "how it comes to that",
             f"{geometry.fit} to {sides[2]}" + f", the centre of {sides[1]}" * (sides[1] != sides[2]),
         ),
-        ("kept epoch", f"{config['best_epoch']}, which has the least loss on val at its best temperature"),
+        (
+            "kept epoch",
+            f"{config['best_epoch']}, which has the least loss on val at its best temperature"
+            + "; then all epochs were trained again, on the images of val too" * config["refitted"],
+        ),
         ("last epoch", f"right on {last_epoch_accuracy:.1%} of the test images"),
     ]
     return [fact for fact in facts if fact[1]]

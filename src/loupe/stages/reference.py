@@ -1,6 +1,6 @@
 """What images that a model was not fitted to look like to it: kept, for a later look at how others have drifted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +21,16 @@ Embed = Callable[
 ]
 
 
-def save_reference(prepared: Prepared, embed: Embed, folder: Path) -> None:
-    """Write reference.parquet into `folder`, a row for each image of calibration and val: some hundreds are enough.
+def save_reference(prepared: Prepared, splits: Sequence[str], embed: Embed, folder: Path) -> None:
+    """Write reference.parquet into `folder`, a row for each image of these splits: some hundreds are enough.
 
-    Its columns are `image_id`, `path`, `embedding` and, of a detector, `anomaly_score`. A classifier's head may have
-    learnt from val; what it embeds by, the network below the head, has not.
+    Its columns are `image_id`, `path`, `embedding` and, of a detector, `anomaly_score`.
 
     Args:
+        splits: none that what embeds has learnt from.
         embed: gives embeddings and anomaly scores of a batch, None for the latter where there are none.
     """
-    rows = np.concatenate([prepared.rows_of("calibration"), prepared.rows_of("val")])[:MOST_IMAGES]
+    rows = np.concatenate([prepared.rows_of(split) for split in splits])[:MOST_IMAGES]
     embeddings: list[np.ndarray] = []
     scores: list[float] = []
     with torch.inference_mode():

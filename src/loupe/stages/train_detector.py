@@ -93,7 +93,7 @@ def train_detector(params: Params) -> None:
             **_calibrate(detector, prepared, rate),
         }
         save_detector(detector, extra, FOLDER)
-        save_reference(prepared, lambda images: _embed(detector, images), FOLDER)
+        save_reference(prepared, ("calibration", "val"), lambda images: _embed(detector, images), FOLDER)
         finish_recording("detector", run_id, fitted.history)
 
 

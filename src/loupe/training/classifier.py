@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +19,7 @@ from torchvision.transforms import v2
 from loupe.data.loading import PreparedDataset, build_loader
 from loupe.evaluation.calibration import compute_calibrated_loss
 from loupe.models.classifiers import Classifier
-from loupe.models.files import WEIGHTS, load_weights
+from loupe.models.files import LAST, WEIGHTS, load_weights, save_weights
 from loupe.models.optimization import build_optimizer, freeze_layers
 from loupe.models.preprocess import Preprocess
 from loupe.training.head import JUDGED_BY, FrozenFeatures
@@ -33,6 +34,7 @@ from loupe.training.trainer import (
     fit,
 )
 
+REFIT, START = "refit", "start.safetensors"
 NUM_AUGMENTED = 4  # augmented versions of each image whose features a head learns from
 ENOUGH_FOR_START = 2_500  # images for a head that the whole network goes on from
 
@@ -67,7 +69,8 @@ class Recipe:
     `l1` is the weight of the sum of absolute weights in the loss; `mixup` and `cutmix` are the alphas of their beta
     distributions, 0 for never; `ema_decay` is of the moving average of the weights, which is then what is validated
     and kept, 0 for none. `frozen` is the share of the layers, from the image on, that stay as they were.
-    `adapts_batch_norm` lets the running statistics of the others follow the new images.
+    `adapts_batch_norm` lets the running statistics of the others follow the new images. `refits` trains all epochs
+    again once val has judged, on its images too (Goodfellow et al., Deep Learning, 2016, section 7.8).
     """
 
     steps: Steps
@@ -88,6 +91,7 @@ class Recipe:
     ema_decay: float
     balances_classes: bool
     adapts_batch_norm: bool
+    refits: bool
     compiles: bool
 
 
@@ -199,18 +203,26 @@ def train_network(
 ) -> History:
     """Train by the recipe's steps, and leave the classifier with the weights of its best epoch.
 
+    Where `is_refitted`, it has those with which a second training ends.
+
     Args:
         folder: gets model.safetensors, the best, and last.safetensors; what a stopped training left there is gone on
             from, so that it must belong to the same recipe and data.
-        report: told each epoch's metrics. A head on frozen features is epoch 0.
+        report: told each epoch's metrics. A head on frozen features is epoch 0; names of a second training's begin
+            with `refit/`.
     """
     train = train if recipe.steps.augments else train.without_augmentation()
     history = History(classifier, folder, report, JUDGED_BY)
-    if recipe.steps.head and not (folder / CHECKPOINT).exists():
-        train_head(classifier, train, val, recipe, history)
+    if not (folder / CHECKPOINT).exists():
+        if recipe.steps.head:
+            train_head(classifier, train, val, recipe, history)
+        save_weights(classifier.state_dict(), folder / START)
     if recipe.steps.whole:
         train_whole(classifier, train, val, recipe, history)
-    load_weights(classifier, folder / WEIGHTS)
+    if is_refitted(recipe, history):
+        refit(classifier, train.join(val), recipe, history)
+    else:
+        load_weights(classifier, folder / WEIGHTS)
     return history
 
 
@@ -228,8 +240,29 @@ def train_head(
     features.set_head()
 
 
+def is_refitted(recipe: Recipe, judged: History) -> bool:
+    """Whether val is learnt from after its judgement; if that is for the head alone, the head has learnt from it."""
+    is_head_best = recipe.steps.head and judged.best_epoch == 0
+    return recipe.refits and recipe.steps.whole and not is_head_best
+
+
+def refit(classifier: Classifier, images: PreparedDataset, recipe: Recipe, judged: History) -> None:
+    """Train all weights again from where the judged training began, to the end of the schedule."""
+    log.info("epoch %d is the best; all epochs again, on the images of val too", judged.best_epoch)
+    folder = judged.folder / REFIT
+    folder.mkdir(exist_ok=True)
+    load_weights(classifier, judged.folder / START)
+    history = History(classifier, folder, partial(_report_refit, judged.report), judged_by="train/loss")
+    train_whole(classifier, images, None, recipe, history)
+    load_weights(classifier, folder / LAST)
+
+
+def _report_refit(report: Report, epoch: int, metrics: dict[str, float]) -> None:
+    report(epoch, {f"{REFIT}/{name}": value for name, value in metrics.items()})
+
+
 def train_whole(
-    classifier: Classifier, train: PreparedDataset, val: PreparedDataset, recipe: Recipe, history: History
+    classifier: Classifier, train: PreparedDataset, val: PreparedDataset | None, recipe: Recipe, history: History
 ) -> None:
     """Train all weights; the history keeps the best and the last."""
     log.info("the whole network, %d epochs at most", recipe.schedule.epochs)
@@ -239,12 +272,13 @@ def train_whole(
     if recipe.compiles:
         classifier.backbone.compile()
     workers = choose_num_workers()
+    judging = None if val is None else build_loader(val, 4 * recipe.batch_size, shuffle=False, num_workers=workers)
     fit(
         training.train(),
         recipe.schedule,
         history,
         build_loader(train, recipe.batch_size, shuffle=True, num_workers=workers),
-        build_loader(val, 4 * recipe.batch_size, shuffle=False, num_workers=workers),
+        judging,
         seed=train.seed,
     )
     classifier.requires_grad_(True)

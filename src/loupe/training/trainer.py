@@ -111,10 +111,13 @@ def fit(
     schedule: Schedule,
     history: History,
     train: DataLoader[Any],
-    val: DataLoader[Any],
+    val: DataLoader[Any] | None,
     seed: int,
 ) -> None:
     """Train on whatever accelerator there is; go on from the checkpoint in the history's folder, if there is one.
+
+    Args:
+        val: what epochs are judged by; without it there are as many as the schedule has.
 
     Raises:
         ConfigError: if a batch does not fit the memory.
@@ -125,6 +128,7 @@ def fit(
         epoch = read_epoch(checkpoint)
         log.info("going on after %d epochs: an earlier training was stopped", epoch)
         train.sampler.set_epoch(epoch)  # type: ignore[attr-defined]  # Lightning fetches a batch before it tells
+    early_stops = [] if val is None else [EarlyStop(history.judged_by, patience=schedule.patience)]
     trainer = Trainer(
         max_epochs=schedule.epochs,
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
@@ -132,7 +136,7 @@ def fit(
         precision=schedule.precision,
         benchmark=True,  # cuDNN tries its kernels: batches are alike
         callbacks=[
-            EarlyStop(history.judged_by, patience=schedule.patience),
+            *early_stops,
             SeededEpochs(seed),
             history,
             LastEpoch(checkpoint),
@@ -142,12 +146,14 @@ def fit(
         logger=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        limit_val_batches=0 if val is None else None,
         accumulate_grad_batches=schedule.accumulate,
         gradient_clip_val=schedule.gradient_clip or None,
         log_every_n_steps=1,
     )
+    judging = [] if val is None else val  # Lightning warns of None
     try:
-        trainer.fit(training, train, val, ckpt_path=str(checkpoint) if resumes else None, weights_only=True)
+        trainer.fit(training, train, judging, ckpt_path=str(checkpoint) if resumes else None, weights_only=True)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
