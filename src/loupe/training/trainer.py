@@ -151,7 +151,7 @@ def fit(
         gradient_clip_val=schedule.gradient_clip or None,
         log_every_n_steps=1,
     )
-    judging = [] if val is None else val  # Lightning warns of None
+    judging: Any = [] if val is None else val  # Lightning warns of None
     try:
         trainer.fit(training, train, judging, ckpt_path=str(checkpoint) if resumes else None, weights_only=True)
     except RuntimeError as error:
