@@ -2,10 +2,12 @@
 
 import argparse
 import importlib
+from collections.abc import Callable
+from functools import partial
 
 from loupe.config import Params
 from loupe.stages.entry import run_stage
-from loupe.stages.skipping import skip
+from loupe.stages.skipping import find_reason, skip
 
 OF_IMAGES = ("fetch", "ingest", "validate", "split", "prepare", "augment")
 OF_TASKS = tuple(f"{verb}_{task}" for task in ("classifier", "detector") for verb in ("train", "evaluate", "export"))
@@ -15,14 +17,18 @@ def main() -> None:
     """Run the stage of that name, or skip it before its imports, which take seconds."""
     parser = argparse.ArgumentParser(prog="python -m loupe.stages", description=__doc__)
     parser.add_argument("stage", choices=OF_IMAGES + OF_TASKS)
-    name: str = parser.parse_args().stage
-    run_stage(lambda params: _run(name, params))
+    run_stage(_find_stage(parser.parse_args().stage))
 
 
-def _run(name: str, params: Params) -> None:
-    if name in OF_TASKS and skip(*name.split("_")):
-        return
-    getattr(importlib.import_module(f"loupe.stages.{name}"), name)(params)
+def _find_stage(name: str) -> Callable[[Params], None]:
+    """Imported by now: libraries set how much they say as they are imported, and `run_stage` sets it anew."""
+    if name in OF_TASKS:
+        verb, task = name.split("_")
+        reason = find_reason(verb, task)
+        if reason is not None:
+            return partial(skip, verb, task, reason)
+    stage: Callable[[Params], None] = getattr(importlib.import_module(f"loupe.stages.{name}"), name)
+    return stage
 
 
 if __name__ == "__main__":
