@@ -6,7 +6,7 @@ from loupe.models.classifiers import get_data_config
 from loupe.models.detectors.base import detect, fit_detector, save_detector
 from loupe.models.detectors.family import build_detector, load_detector
 from loupe.models.detectors.features import FeatureConfig
-from loupe.models.detectors.knn_patches import choose_far_apart
+from loupe.models.detectors.knn_patches import choose_far_apart, draw_patches
 
 SIZE = (64, 96)
 
@@ -67,23 +67,46 @@ def test_a_bank_larger_than_all_patches_does_not_depend_on_the_seed(fitted):
     torch.testing.assert_close(detect(fit(seed=1), images), detect(fitted, images))
 
 
+def draw_numbered(num_batches, room, seed=0):
+    """From patches that are numbered through: 3 images of 4 x 5 places a batch."""
+    finest, coarsest = torch.zeros(3, 1, 8, 10), torch.zeros(3, 1, 2, 3)
+    numbers = torch.arange(num_batches * 60.0).reshape(num_batches, 3, 1, 4, 5)
+    batches = [[finest, one, coarsest] for one in numbers]
+    drawn = draw_patches(batches, torch.full((room, 2), torch.nan), torch.Generator().manual_seed(seed))
+    return drawn[:, 0].tolist()
+
+
+@pytest.mark.parametrize("room", [120, 500])
+def test_all_patches_are_candidates_where_there_is_room(room):
+    assert sorted(draw_numbered(2, room)) == list(range(120))
+
+
+def test_where_there_is_no_room_for_all_each_patch_is_as_likely_a_candidate():
+    drawn = [draw_numbered(5, 50, seed) for seed in range(200)]
+    assert all(len(set(one)) == 50 for one in drawn)
+    batches = torch.tensor(drawn).long().div(60, rounding_mode="floor").flatten().bincount(minlength=5)
+    assert batches.sum() == 10_000
+    assert ((batches - 2_000).abs() < 5 * 40).all()  # five standard deviations of a binomial
+
+
 def test_points_far_from_the_many_are_chosen_first():
     many = torch.rand(500, 3, generator=torch.Generator().manual_seed(0))
     few = torch.tensor([[9.0, 0, 0], [0, -7, 0], [0, 0, 5]])
-    chosen = choose_far_apart(torch.cat([many, few]), 4)
+    points = torch.cat([many, few])
+    chosen = points[choose_far_apart(points, 4)]
     assert sorted(map(tuple, chosen.tolist())) == sorted([tuple(many[0].tolist()), *map(tuple, few.tolist())])
 
 
 def test_one_of_each_of_five_tight_clusters_is_chosen():
     generator = torch.Generator().manual_seed(0)
     points = 10 * torch.eye(5).repeat(40, 1) + torch.randn(200, 5, generator=generator)
-    chosen = choose_far_apart(points, 5)
+    chosen = points[choose_far_apart(points, 5)]
     assert sorted(chosen.argmax(dim=1).tolist()) == [0, 1, 2, 3, 4]
 
 
 def test_fewer_points_than_are_asked_for_are_all_chosen_and_repeated():
     points = torch.rand(7, 2, generator=torch.Generator().manual_seed(0))
-    chosen = choose_far_apart(points, 20)
+    chosen = points[choose_far_apart(points, 20)]
     assert chosen.shape == (20, 2)
     assert {tuple(one) for one in chosen.tolist()} == {tuple(one) for one in points.tolist()}
 

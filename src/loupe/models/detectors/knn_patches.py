@@ -1,10 +1,13 @@
 """PatchCore's idea: the distance to the nearest of many normal patches (Roth et al., 2022, arXiv:2106.08265).
 
-PatchCore's greedy search, which takes most of its time, is made among patches drawn at random.
+As there, a greedy search chooses the bank, by a random projection of the patches (Johnson and Lindenstrauss, 1984).
 """
 
+import math
+from collections.abc import Iterable
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
@@ -12,13 +15,17 @@ from loupe.models.detectors.base import Batches, FeatureDetector
 from loupe.models.detectors.features import FeatureConfig, Features, concatenate_levels
 
 LEVELS = slice(1, 3)  # strides 8 and 16, as in the paper
-# On defects painted on normal tiles, image AUROC is higher by 0.05 than with a bank drawn at random, for 9 s of fit.
-BANK_SIZE, NUM_CANDIDATES = 4096, 20_480
+BANK_SIZE = 4096
+# Of the patches that it is chosen from; where there are more, some are drawn. On defects painted on normal tiles, image
+# AUROC is higher by 0.04 to 0.10 when it is chosen from all 370,000 patches than when from 20,480, for 15 s of fit.
+CANDIDATE_BYTES = 1 << 28
+NUM_PROJECTED = 48  # values of each patch
+TOP_PLACES = 4  # of an image, whose mean is its score: higher by 0.02 to 0.03 there than by the paper's largest alone
 BLUR_PLACES, BLUR_KERNEL = 0.5, 5
 
 
 class KnnPatches(FeatureDetector):
-    """The map is the distance of each place to the nearest patch of the bank, the score the largest of an image."""
+    """The map is the distance of each place to the nearest patch of the bank, the score the mean of the largest."""
 
     name = "knn_patches"
 
@@ -31,33 +38,47 @@ class KnnPatches(FeatureDetector):
 
     @torch.no_grad()
     def fit_features(self, batches: Batches, generator: torch.Generator) -> None:
-        """One pass: each patch gets a random number, and those with the smallest are the bank's candidates."""
-        candidates, keys = self.bank[:0], torch.empty(0, device=self.bank.device)
-        for features in batches():
-            levels = concatenate_levels(features[LEVELS])
-            patches = levels.permute(0, 2, 3, 1).flatten(0, 2)
-            drawn = torch.rand(len(patches), generator=generator).to(keys.device)
-            keys, order = torch.cat([keys, drawn]).sort()
-            keys, candidates = keys[:NUM_CANDIDATES], torch.cat([candidates, patches])[order[:NUM_CANDIDATES]]
-        self.bank = choose_far_apart(candidates, BANK_SIZE)
+        """One pass."""
+        channels = self.bank.shape[1]
+        room = self.bank.new_empty(max(BANK_SIZE, CANDIDATE_BYTES // (4 * channels)), channels)
+        candidates = draw_patches(batches(), room, generator)
+        directions = torch.randn(channels, NUM_PROJECTED, generator=generator).to(self.bank.device)
+        chosen = choose_far_apart(candidates @ directions / math.sqrt(NUM_PROJECTED), BANK_SIZE)
+        self.bank = candidates[chosen]
 
     def score_features(self, features: Features) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch rows columns"]]:
         levels = concatenate_levels(features[LEVELS])
         patches = levels.flatten(2).transpose(1, 2)
         squares = patches.square().sum(dim=2, keepdim=True) + self.bank.square().sum(dim=1)
         nearest = (squares - 2 * patches @ self.bank.T).amin(dim=2).clamp(min=0).sqrt()  # rounding may fall below 0
-        maps = gaussian_blur(nearest.unflatten(1, levels.shape[2:])[:, None], [BLUR_KERNEL] * 2, [BLUR_PLACES] * 2)[
-            :, 0
-        ]
-        return nearest.amax(dim=1), maps
+        top = nearest.topk(min(TOP_PLACES, nearest.shape[1])).values.mean(dim=1)
+        distances = nearest.unflatten(1, levels.shape[2:])[:, None]
+        return top, gaussian_blur(distances, [BLUR_KERNEL] * 2, [BLUR_PLACES] * 2)[:, 0]
 
 
-def choose_far_apart(
-    points: Float[Tensor, "num_points num_values"], number: int
-) -> Float[Tensor, "{number} num_values"]:
-    """The first point, and then each time the one farthest from all that are chosen, so that rare ones are among them.
+def draw_patches(
+    batches: Iterable[Features], room: Float[Tensor, "most channels"], generator: torch.Generator
+) -> Float[Tensor, "num_patches channels"]:
+    """All patches or, where there are more than `room` for, so many drawn from them. It is written into.
 
-    It is the greedy solution of the k-center problem (Gonzalez, 1985). Where there are fewer points, some are repeated.
+    Each patch gets a random number, and those with the smallest stay.
+    """
+    numbers = room.new_full((len(room),), torch.inf)
+    for features in batches:
+        patches = concatenate_levels(features[LEVELS]).permute(0, 2, 3, 1).flatten(0, 2)
+        drawn = torch.rand(len(patches), generator=generator).to(room.device)
+        stays = torch.zeros(len(room) + len(patches), dtype=torch.bool, device=room.device)
+        stays[torch.cat([numbers, drawn]).topk(len(room), largest=False).indices] = True
+        free, enters = ~stays[: len(room)], stays[len(room) :]
+        room[free], numbers[free] = patches[enters], drawn[enters]
+    return room[numbers.isfinite()]
+
+
+def choose_far_apart(points: Float[Tensor, "num_points num_values"], number: int) -> Int64[Tensor, " {number}"]:
+    """Positions of the first point, and then each time of the one farthest from all that are chosen.
+
+    So rare ones are among them. It is the greedy solution of the k-center problem (Gonzalez, 1985). Where there are
+    fewer points, some are repeated.
     """
     squares = points.square().sum(dim=1)
     nearest = torch.full_like(squares, torch.inf)
@@ -66,4 +87,4 @@ def choose_far_apart(
         latest = chosen[-1]
         nearest = torch.minimum(nearest, squares + squares[latest] - 2 * points @ points[latest])
         chosen.append(nearest.argmax())
-    return points[torch.stack(chosen)]
+    return torch.stack(chosen)
