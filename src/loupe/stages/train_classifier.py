@@ -33,9 +33,9 @@ from loupe.training.trainer import Schedule, choose_batch_size, choose_epochs, c
 # On two CPU cores the default backbone trains at about 0.9 million pixels a second: three minutes and a half.
 BUDGET_PIXELS = 180e6
 LEAST_EPOCHS, MOST_EPOCHS, MOST_EPOCHS_FROM_SCRATCH = 2, 20, 60
-# With half of its stages frozen it trains at 1.2 to 1.5 million. Two trainings of few images then take as long; that one
-# learns from val too raised accuracy from 0.82 to 0.82, 0.77 to 0.79, 0.79 to 0.86 and 0.71 to 0.80 on two sets, two
-# draws each, of 24 images a class and 4 of val.
+# With half of its stages frozen it trains at 1.2 to 1.5 million, so that two trainings of few images take as long. That
+# the second learns from val too raised accuracy from 0.82 to 0.82, 0.77 to 0.79, 0.79 to 0.86 and 0.71 to 0.80 (clothes
+# and tiles, two draws each, of 24 images a class and 4 of val).
 REFIT_BUDGET_PIXELS = 280e6
 # From fewer images, small steps forget less of what was learnt before, and weights are averaged. Their batch statistics
 # are noise. To mix them does harm: of 128 photos it raised log loss from 0.28 to 0.44, in cross-validation.
