@@ -214,9 +214,9 @@ def train_network(
     train = train if recipe.steps.augments else train.without_augmentation()
     history = History(classifier, folder, report, JUDGED_BY)
     if not (folder / CHECKPOINT).exists():
+        save_weights(classifier.state_dict(), folder / START)
         if recipe.steps.head:
             train_head(classifier, train, val, recipe, history)
-        save_weights(classifier.state_dict(), folder / START)
     if recipe.steps.whole:
         train_whole(classifier, train, val, recipe, history)
     if is_refitted(recipe, history):
@@ -229,7 +229,7 @@ def train_network(
 def train_head(
     classifier: Classifier, train: PreparedDataset, val: PreparedDataset, recipe: Recipe, history: History
 ) -> None:
-    """Epoch 0. What is kept of it has learnt from val too; what the whole network goes on from has not."""
+    """Epoch 0. What is kept of it, or refitted, has learnt from val too; what the whole network first goes on from not."""
     if recipe.steps.whole:
         versions = [train.draw(ENOUGH_FOR_START)]
     else:
@@ -237,6 +237,7 @@ def train_head(
     features = FrozenFeatures(classifier, versions, val)
     features.set_final_head()
     history.add(features.compute_metrics())
+    save_weights(classifier.state_dict(), history.folder / START)
     features.set_head()
 
 
@@ -247,7 +248,7 @@ def is_refitted(recipe: Recipe, judged: History) -> bool:
 
 
 def refit(classifier: Classifier, images: PreparedDataset, recipe: Recipe, judged: History) -> None:
-    """Train all weights again from where the judged training began, to the end of the schedule."""
+    """Train all weights again, from the kept head or from nothing, to the end of the schedule."""
     log.info("epoch %d is the best; all epochs again, on the images of val too", judged.best_epoch)
     folder = judged.folder / REFIT
     folder.mkdir(exist_ok=True)
