@@ -229,7 +229,7 @@ def train_network(
 def train_head(
     classifier: Classifier, train: PreparedDataset, val: PreparedDataset, recipe: Recipe, history: History
 ) -> None:
-    """Epoch 0. What is kept of it, or refitted, has learnt from val too; what the whole network first goes on from not."""
+    """Epoch 0. What is kept, or refitted, has learnt from val too; what the whole network goes on from has not."""
     if recipe.steps.whole:
         versions = [train.draw(ENOUGH_FOR_START)]
     else:
