@@ -51,7 +51,7 @@ class Validate(Section):
     min_side: PositiveInt
     max_side: PositiveInt
     max_aspect: Annotated[float, Field(ge=1)]
-    min_contrast: Annotated[float, Field(ge=0)]
+    min_contrast: NotNegative
     min_images: PositiveInt
     max_bad_fraction: Fraction
 
@@ -65,9 +65,9 @@ class Validate(Section):
 class Split(Section):
     """How images without a given split are divided, and which labels count as normal where they occur."""
 
-    val_fraction: Annotated[float, Field(gt=0, lt=1)]
-    calibration_fraction: Annotated[float, Field(gt=0, lt=1)]
-    test_fraction: Annotated[float, Field(gt=0, lt=1)]
+    val_fraction: OpenFraction
+    calibration_fraction: OpenFraction
+    test_fraction: OpenFraction
     normal_labels: list[str]
 
     @model_validator(mode="after")
