@@ -65,9 +65,9 @@ def test_weights_are_areas():
 
 
 def test_a_mark_has_a_place_and_a_name():
-    drawn = chart([0, 1, 2], [1, 2, 3], whole_x=True, mark=(1.0, "kept epoch"))
+    drawn = chart([0, 1, 2], [1, 2, 3], whole_x=True, mark=(1.0, "best epoch"))
     assert drawn.mark == drawn.x_ticks[1].place
-    assert drawn.mark_name == "kept epoch"
+    assert drawn.mark_name == "best epoch"
 
 
 def score_chart(upper, lower, also=(0.5,)):

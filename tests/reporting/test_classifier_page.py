@@ -55,7 +55,10 @@ def build_report(backbone, labels, channels=3, num_images=NUM_IMAGES, learnt=0, 
         name="pets & co",
         labels=labels,
         facts=describe_training(
-            {"weights": "random", "recipe": "fine_tuned", "best_epoch": 1, "refitted": True}, config, prepared, 0.5
+            {"weights": "random", "recipe": "fine_tuned", "best_epoch": 1, "refitted": True, "learnt_from_val": True},
+            config,
+            prepared,
+            0.5,
         ),
         history=pd.DataFrame(
             {"epoch": [0, 1], "train/loss": [2.0, 1.0], "val/loss": [2.0, 1.5], "val/accuracy": [0.2, 0.4]}
@@ -100,7 +103,9 @@ def test_the_headline_figures_stand_with_their_intervals(faulty, page, show):
 
 def test_a_second_training_is_told_of(page, show):
     shown, *_ = show(page)
-    assert "then all epochs were trained again, on the images of val too" in shown.locator("body").inner_text()
+    text = shown.locator("body").inner_text()
+    assert "then all epochs were trained again, on the images of val too" in text
+    assert "to judge by, then to train on" in text
 
 
 def test_every_picture_is_shown_and_has_a_text(page, show):

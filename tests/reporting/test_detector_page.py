@@ -376,6 +376,6 @@ def test_facts_name_the_backbone_of_the_detector_of_tiles_too():
     tiled = {**CONFIG, "detector": "tiled", "config": {"inner": {"backbone": "resnet34"}, "rows": 2}}
     assert dict(describe_detector(tiled, prepared, 0))["backbone"] == "resnet34"
     facts = dict(describe_detector({**CONFIG, "config": {}, "weights": None, "best_epoch": 4}, prepared, 0))
-    assert facts["kept epoch"].startswith("4")
+    assert facts["best epoch"].startswith("4")
     assert not {"backbone", "its weights"} & set(facts)
     assert facts["seed"] == "0"

@@ -56,8 +56,8 @@ def test_few_images_are_trained_on_again_with_those_of_val(num_images, geometry,
 @pytest.mark.parametrize(
     ("num_images", "geometry", "knobs", "size"),
     [
-        (100, PHOTOS, {}, 288),
-        (100, PHOTOS, {"recipe": "features"}, 288),
+        (100, PHOTOS, {}, 256),
+        (100, PHOTOS, {"recipe": "features"}, 256),
         (100, PHOTOS, {"recipe": "scratch_augmented"}, 224),
         (100, PHOTOS, {"backbone": "vit_tiny_patch16_224"}, 224),
         (100, SMALL, {}, 64),

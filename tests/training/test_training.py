@@ -21,6 +21,7 @@ from loupe.training.classifier import (
     RECIPES,
     ClassifierTraining,
     Recipe,
+    has_learnt_from_val,
     is_refitted,
     train_head,
     train_network,
@@ -249,6 +250,8 @@ def test_once_val_has_judged_all_epochs_are_trained_again_on_its_images_too(brig
     )
     once, expected = train_divided(bright_and_dark, tmp_path / "once", recipe_of(**REFIT | {"refits": False}))
     assert is_refitted(recipe_of(**REFIT), history)
+    assert has_learnt_from_val(recipe_of(**REFIT), history)
+    assert not has_learnt_from_val(recipe_of(**REFIT | {"refits": False}), expected)
     pd.testing.assert_frame_equal(history.to_table(), expected.to_table())
     assert [epoch for epoch, metrics in told if "refit/train/loss" in metrics] == [0, 1, 2, 3]
     assert not any("val" in name for _, metrics in told for name in metrics if name.startswith("refit"))
@@ -268,6 +271,7 @@ def test_a_head_that_val_prefers_is_not_trained_on(bright_and_dark, tmp_path):
     classifier, history = train_divided(bright_and_dark, tmp_path, recipe, lambda epoch, _: told.append(epoch))
     assert history.best_epoch == 0
     assert not is_refitted(recipe, history)
+    assert has_learnt_from_val(recipe, history)
     assert told == list(range(len(history.rows)))
     kept = {key: value.clone() for key, value in classifier.state_dict().items()}
     load_weights(classifier, tmp_path / "model.safetensors")

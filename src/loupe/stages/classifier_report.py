@@ -25,7 +25,7 @@ EXAMPLE_SIDE, SMALL_SIDE, TILE_SIDE, PICTURE_SIDE = 256, 128, 72, 1400  # pixels
 CAPTION = 20  # characters of a label that fit under a picture
 FEW_IMAGES = 100  # to calibrate on: fewer than seven to each of 15 bins
 KEPT = (1.0, 0.9, 0.75, 0.5)
-SPLITS = {"train": "to train on", "val": "to choose the epoch", "calibration": "to calibrate on", "test": "to test on"}
+SPLITS = {"train": "to train on", "val": "to judge by", "calibration": "to calibrate on", "test": "to test on"}
 
 Row = dict[Hashable, Any]
 
@@ -47,20 +47,21 @@ def describe_training(
 ) -> list[tuple[str, str]]:
     """What was trained on what: names and values, from the model's own config and the prepared images."""
     geometry = prepared.geometry
-    counts = [f"{len(prepared.rows_of(split)):,} {purpose}" for split, purpose in SPLITS.items()]
+    purposes = SPLITS | ({"val": "to judge by, then to train on"} if config["learnt_from_val"] else {})
+    counts = [f"{len(prepared.rows_of(split)):,} {purpose}" for split, purpose in purposes.items()]
     sides = [f"{height} × {width}" for height, width in (network.size, network.crop, (geometry.height, geometry.width))]
     facts = [
         ("network", network.backbone),
         ("weights before training", config["weights"]),
         ("recipe", config.get("recipe", "").replace("_", " ")),
-        ("images", ", ".join(counts)),
+        ("images", "; ".join(counts)),
         ("what the network sees", f"{sides[0]} pixels in {network.channels} channel{'s' * (network.channels > 1)}"),
         (
             "how it comes to that",
             f"{geometry.fit} to {sides[2]}" + f", the centre of {sides[1]}" * (sides[1] != sides[2]),
         ),
         (
-            "kept epoch",
+            "best epoch",
             f"{config['best_epoch']}, which has the least loss on val at its best temperature"
             + "; then all epochs were trained again, on the images of val too" * config["refitted"],
         ),
@@ -233,7 +234,7 @@ def _chart_history(history: pd.DataFrame) -> list[Chart]:
             ("epoch", what),
             [Line(name, tone, epochs, history[column].to_numpy(np.float64)) for name, column, tone in lines],
             whole_x=True,
-            mark=(best, "kept epoch"),
+            mark=(best, "best epoch"),
         )
         for what, lines in charts.items()
         if all(column in history for _, column, _ in lines)

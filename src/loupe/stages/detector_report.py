@@ -52,7 +52,7 @@ def describe_detector(config: Mapping[str, Any], prepared: Prepared, seed: int) 
         ("images", ", ".join(counts)),
         ("what it sees", f"{geometry.input_height} × {geometry.input_width} pixels in {channels}"),
         ("how it comes to that", f"{geometry.fit} to {geometry.height} × {geometry.width}"),
-        ("kept epoch", f"{best_epoch}, which has the least loss on val" if best_epoch else None),
+        ("best epoch", f"{best_epoch}, which has the least loss on val" if best_epoch else None),
         ("seed", str(seed)),
     ]
     return [(name, str(value)) for name, value in facts if value]
@@ -192,7 +192,7 @@ def _chart_history(history: pd.DataFrame | None) -> list[Chart]:
         Line("train", "second", epochs, history["train/loss"].to_numpy(np.float64)),
         Line("val", "first", epochs, losses),
     ]
-    mark = (float(epochs[losses.argmin()]), "kept epoch")
+    mark = (float(epochs[losses.argmin()]), "best epoch")
     return [build_chart("loss by epoch", ("epoch", "loss"), lines, whole_x=True, mark=mark)]
 
 

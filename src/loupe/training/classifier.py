@@ -214,9 +214,10 @@ def train_network(
     train = train if recipe.steps.augments else train.without_augmentation()
     history = History(classifier, folder, report, JUDGED_BY)
     if not (folder / CHECKPOINT).exists():
-        save_weights(classifier.state_dict(), folder / START)
         if recipe.steps.head:
             train_head(classifier, train, val, recipe, history)
+        elif recipe.refits:
+            save_weights(classifier.state_dict(), folder / START)
     if recipe.steps.whole:
         train_whole(classifier, train, val, recipe, history)
     if is_refitted(recipe, history):
@@ -237,14 +238,23 @@ def train_head(
     features = FrozenFeatures(classifier, versions, val)
     features.set_final_head()
     history.add(features.compute_metrics())
-    save_weights(classifier.state_dict(), history.folder / START)
+    if recipe.refits:
+        save_weights(classifier.state_dict(), history.folder / START)
     features.set_head()
 
 
 def is_refitted(recipe: Recipe, judged: History) -> bool:
-    """Whether val is learnt from after its judgement; if that is for the head alone, the head has learnt from it."""
-    is_head_best = recipe.steps.head and judged.best_epoch == 0
-    return recipe.refits and recipe.steps.whole and not is_head_best
+    """Whether all epochs are trained again after val's judgement; if that is for the head alone, they are not."""
+    return recipe.refits and recipe.steps.whole and not _is_head_best(recipe, judged)
+
+
+def has_learnt_from_val(recipe: Recipe, judged: History) -> bool:
+    """Whether val's images, once they have judged, are among those that the kept weights were fitted to."""
+    return is_refitted(recipe, judged) or _is_head_best(recipe, judged)
+
+
+def _is_head_best(recipe: Recipe, judged: History) -> bool:
+    return recipe.steps.head and judged.best_epoch == 0
 
 
 def refit(classifier: Classifier, images: PreparedDataset, recipe: Recipe, judged: History) -> None:
