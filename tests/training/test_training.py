@@ -156,7 +156,7 @@ def test_the_whole_network_goes_on_from_the_head_that_val_has_judged(bright_and_
     fitted, val = divide(bright_and_dark)
     classifier = build()
     history = History(classifier, tmp_path, lambda epoch, metrics: None, JUDGED_BY)
-    train_head(classifier, fitted, val, recipe_of(), history)
+    train_head(classifier, fitted, val, recipe_of(refits=True), history)
     begun = F.nll_loss(predict(classifier, val).log(), val.targets).item()
     assert begun == pytest.approx(history.rows[0]["val/loss"], rel=1e-3)
     for name in ("model.safetensors", "start.safetensors"):  # what is kept, and what a second training goes on from
