@@ -41,6 +41,7 @@ def project(tmp_path, monkeypatch, write):
             "label": labels,
             "split": ["train"] * 2 + ["test"] * 16,
             "path": [f"{number:02d}.png" for number in range(len(labels))],
+            "num_bytes": 100,
             "mask_path": pd.Series([None] * len(labels), dtype="str"),
         }
     )

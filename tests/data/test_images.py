@@ -1,4 +1,5 @@
 import io
+import os
 import struct
 import zlib
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loupe.data.images import Geometry, fit_image, open_image
+from loupe.data.images import Geometry, choose_num_threads, fit_image, open_image
 from loupe.errors import DataError
 
 
@@ -87,10 +88,24 @@ def test_a_truncated_file_is_a_data_error(draw, kind):
         open_image(content[: len(content) // 2])
 
 
-@pytest.mark.parametrize("content", [b"", b"this is a text\n", b"GIF89a"])
+@pytest.mark.parametrize("content", [b"this is a text\n", b"GIF89a"])
 def test_bytes_that_are_no_image_are_answered_with_the_known_formats(content):
     with pytest.raises(DataError, match="it is none of PNG, JPEG, BMP, WEBP, TIFF"):
         open_image(content)
+
+
+@pytest.mark.parametrize("source", ["empty.png", b""])
+def test_an_empty_file_is_said_to_be_empty(tmp_path, source):
+    (tmp_path / "empty.png").write_bytes(b"")
+    with pytest.raises(DataError, match="can't be decoded: it is empty"):
+        open_image(source if isinstance(source, bytes) else tmp_path / source)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "num_threads"), [([500] * 9, 1), ([500] * 9 + [900_000], os.cpu_count()), ([], os.cpu_count())]
+)
+def test_files_that_are_decoded_in_no_time_have_one_thread(sizes, num_threads):
+    assert choose_num_threads(sizes) == num_threads
 
 
 def test_a_gif_is_refused(draw):

@@ -261,8 +261,8 @@ PDF = b"%PDF-1.4\n1 0 obj<</Type/Catalog>>endobj\ntrailer<</Root 1 0 R>>\n%%EOF\
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n0 0 moveto 10 10 lineto stroke\nshowpage\n"
 SVG = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><circle r="4"/></svg>'
 REFUSED = {
-    "zero_bytes.png": (lambda: b"", UNKNOWN),
-    "zero_bytes.jpg": (lambda: b"", UNKNOWN),
+    "zero_bytes.png": (lambda: b"", "can't be decoded: it is empty"),
+    "zero_bytes.jpg": (lambda: b"", "can't be decoded: it is empty"),
     "one_byte.png": (lambda: b"\x89", UNKNOWN),
     "text.png": (lambda: b"this is no image\n", UNKNOWN),
     "html.jpg": (lambda: b"<!DOCTYPE html><html><body>404 Not Found</body></html>", UNKNOWN),

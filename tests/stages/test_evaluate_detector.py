@@ -59,7 +59,7 @@ def project(tmp_path_factory, write):
     for row in rows:
         if row["mask_path"]:
             Image.fromarray(mask).save(root / row["mask_path"])
-    table = pd.DataFrame(rows).assign(split=["train"] * 6 + ["test"] * 26)
+    table = pd.DataFrame(rows).assign(num_bytes=100, split=["train"] * 6 + ["test"] * 26)
     prepare_images(root, table, GEOMETRY, folder / "data/prepared/detector")
     listing = {"name": "tiles", "source": str(root), "layout": "table", "num_images": 32, "num_quarantined": 0}
     (folder / "data/ingest").mkdir()

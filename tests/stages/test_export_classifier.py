@@ -33,7 +33,7 @@ def project(tmp_path_factory, write):
     rows = [{"image_id": str(i), "label": label, "path": f"{i}.png"} for i, label in enumerate(["cat", "dog"] * 6)]
     for number, row in enumerate(rows):
         write(folder / "pets" / row["path"], number)
-    table = pd.DataFrame(rows).assign(mask_path=None, split=["train"] * 5 + ["test"] * 7)
+    table = pd.DataFrame(rows).assign(num_bytes=100, mask_path=None, split=["train"] * 5 + ["test"] * 7)
     prepare_images(folder / "pets", table, GEOMETRY, folder / "data/prepared/classifier")
     listing = {"name": "pets", "source": str(folder / "pets"), "layout": "table", "num_images": 12}
     (folder / "data/ingest").mkdir()

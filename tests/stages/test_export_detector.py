@@ -34,7 +34,7 @@ def project(tmp_path_factory, write):
     rows = [{"image_id": str(i), "label": "good", "path": f"{i}.png"} for i in range(19)]
     for number, row in enumerate(rows):
         write(folder / "bolts" / row["path"], number)
-    table = pd.DataFrame(rows).assign(mask_path=None, split=["train"] * 12 + ["test"] * 7)
+    table = pd.DataFrame(rows).assign(num_bytes=100, mask_path=None, split=["train"] * 12 + ["test"] * 7)
     prepare_images(folder / "bolts", table, GEOMETRY, folder / "data/prepared/detector")
     listing = {"name": "bolts", "source": str(folder / "bolts"), "layout": "table", "num_images": 19}
     (folder / "data/ingest").mkdir()

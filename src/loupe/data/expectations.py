@@ -128,6 +128,7 @@ def validate_images(rows: pd.DataFrame, limits: Limits, docs_folder: Path) -> tu
 def _build_expectations(limits: Limits) -> list[ColumnMapExpectation]:
     stop, tell = FailureSeverity.CRITICAL, FailureSeverity.WARNING
     null, between, within = ExpectColumnValuesToBeNull, ExpectColumnValuesToBeBetween, ExpectColumnValuesToBeInSet
+    decodes = f"Every file decodes as one image (up to {100 * limits.max_bad_fraction:g}% may be set aside)"
     small = f"Every image is at least {limits.min_side} pixels wide and high"
     large = f"Every image is at most {limits.max_side} pixels wide and high"
     long = f"No image is more than {limits.max_aspect:g} times as long as wide"
@@ -138,7 +139,7 @@ def _build_expectations(limits: Limits) -> list[ColumnMapExpectation]:
     known = "Every label of val and test is also a label of train"
     parted = "Near-duplicates are not parted by the given splits"
     expectations = [
-        null(column="problem", mostly=mostly, severity=stop, notes="Every file decodes as one image"),
+        null(column="problem", mostly=mostly, severity=stop, notes=decodes),
         between(column="short_side", min_value=limits.min_side, severity=stop, notes=small),
         between(column="long_side", max_value=limits.max_side, severity=stop, notes=large),
         between(column="aspect", max_value=limits.max_aspect, severity=tell, notes=long),

@@ -1,6 +1,8 @@
 """Reading one image: formats by content, EXIF rotation, 16-bit depth, and bringing it to a model's geometry."""
 
 import io
+import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +25,9 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Bytes. Decoders let other threads run, and wait for them again: of files smaller than this, one thread reads the most
+# (14,000 of 0.5 kB in 1.4 s; two threads take 3.1 s for them, and six 4.7 s).
+SMALL_FILE = 5_000
 GREY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16B", "I;16L"})
 RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -88,7 +93,12 @@ def decode_image(source: Path | bytes, grey: bool = False) -> tuple[Image.Image,
             return upright.convert("L") if grey and upright.mode != "L" else upright, mode
     except Exception as error:  # Pillow's readers raise a dozen kinds, whatever their parsing ran into
         name = "the image" if isinstance(source, bytes) else str(source)
-        raise DataError(f"{name} can't be decoded: {_explain(error)}") from error
+        raise DataError(f"{name} can't be decoded: {_explain(error, source)}") from error
+
+
+def choose_num_threads(sizes: Sequence[int]) -> int:
+    """With how many threads files of these sizes, in bytes, are decoded the fastest; more than cores only wait."""
+    return 1 if sum(sizes) < SMALL_FILE * len(sizes) else os.cpu_count() or 1
 
 
 def _check_header(image: Image.Image) -> None:
@@ -100,9 +110,10 @@ def _check_header(image: Image.Image) -> None:
         raise ValueError(f"it holds {num_frames} pictures, and one is expected")
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, source: Path | bytes) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"it is none of {', '.join(FORMATS)}"
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        return f"it is none of {', '.join(FORMATS)}" if size else "it is empty"
     return str(error) or type(error).__name__
 
 

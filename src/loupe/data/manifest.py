@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from loupe.data import images
-from loupe.data.images import decode_image
+from loupe.data.images import choose_num_threads, decode_image
 from loupe.data.sources import Listing
 from loupe.errors import DataError
 
@@ -92,7 +92,7 @@ def build_facts(root: Path, listing: Listing, known: pd.DataFrame | None = None)
     new = stamps[~stamps["path"].isin(known["path"])]
     chunks = [new.iloc[start : start + CHUNK] for start in range(0, len(new), CHUNK)]
     real_root = os.path.realpath(root)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # with more threads than cores they wait for each other
+    with ThreadPoolExecutor(choose_num_threads(new["num_bytes"].tolist())) as pool:
         described = list(pool.map(lambda chunk: _describe_files(real_root, chunk), chunks))
     found = pa.Table.from_batches(described, FACTS_SCHEMA).to_pandas()
     facts: pd.DataFrame = pd.concat([known, found])

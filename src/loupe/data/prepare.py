@@ -13,11 +13,12 @@ import pandas as pd
 from jaxtyping import Int64, UInt8
 from numpy.lib.format import open_memmap
 
-from loupe.data.images import GREY_MODES, Fit, Geometry, fit_image, open_image
+from loupe.data.images import GREY_MODES, Fit, Geometry, choose_num_threads, fit_image, open_image
 from loupe.data.manifest import load_table, save_table
 
 IN_MEMORY_BYTES = 1 << 30
 ELONGATED = 1.6  # above this aspect a central crop would lose too much
+CHUNK = 64  # files that a thread decodes at a time
 SMALLEST_INPUT = 64  # a stride of 32 leaves a 2x2 map of it
 Size = tuple[int, int]  # height and width in pixels
 
@@ -151,22 +152,25 @@ def prepare_images(root: Path, rows: pd.DataFrame, geometry: Geometry, folder: P
 
     Args:
         root: the source folder.
-        rows: image_id, label, split, path and mask_path of the task's images, one row a content.
+        rows: image_id, label, split, path, num_bytes and mask_path of the task's images, one row a content.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = rows.sort_values("image_id").reset_index(drop=True)
     masked = rows["mask_path"].notna()
+    num_threads = choose_num_threads(rows["num_bytes"].tolist())
     _fill_array(
         folder / "images.npy",
         list(rows["path"]),
         (geometry.height, geometry.width, geometry.channels),
         lambda path: fit_image(open_image(root / path), geometry),
+        num_threads,
     )
     _fill_array(
         folder / "masks.npy",
         list(rows.loc[masked, "mask_path"]),
         (geometry.height, geometry.width),
         lambda path: _fit_mask(root / path, geometry),
+        num_threads,
     )
     index = rows[["image_id", "label", "split", "path"]].assign(
         mask_row=np.where(masked, masked.cumsum() - 1, -1).astype(np.int64)
@@ -176,7 +180,11 @@ def prepare_images(root: Path, rows: pd.DataFrame, geometry: Geometry, folder: P
 
 
 def _fill_array(
-    path: Path, sources: Sequence[str], shape: tuple[int, ...], make_row: Callable[[str], UInt8[np.ndarray, "..."]]
+    path: Path,
+    sources: Sequence[str],
+    shape: tuple[int, ...],
+    make_row: Callable[[str], UInt8[np.ndarray, "..."]],
+    num_threads: int,
 ) -> None:
     """Write an array row by row through a memory map, so that memory stays bounded whatever the number of images."""
     unfinished = path.with_suffix(".unfinished")
@@ -186,11 +194,12 @@ def _fill_array(
     else:
         array = open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=(len(sources), *shape))
 
-        def fill(row: int) -> None:
-            array[row] = make_row(sources[row])
+        def fill(start: int) -> None:
+            for row, source in enumerate(sources[start : start + CHUNK], start):
+                array[row] = make_row(source)
 
-        with ThreadPoolExecutor() as pool:
-            for _ in pool.map(fill, range(len(sources)), chunksize=64):
+        with ThreadPoolExecutor(num_threads) as pool:
+            for _ in pool.map(fill, range(0, len(sources), CHUNK)):
                 pass
         array.flush()
     unfinished.replace(path)
