@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 
 from loupe.evaluation.detection import (
     Pixels,
@@ -74,6 +75,16 @@ def test_odd_test_sets_have_finite_figures_and_lack_what_is_not_defined(test, pr
     assert all(math.isfinite(value) for value in metrics.values())
     if len(set(test.labels)) == 1:
         assert not [name for name in metrics if name.startswith("image_")]
+
+
+def test_rates_have_exact_intervals_which_have_a_width_where_no_image_errs():
+    scores = np.concatenate([np.zeros(16), np.full(10, 9.0)])
+    intervals = judge(Scored(["good"] * 16 + ["dent"] * 10, scores, "good")).intervals
+    assert intervals["false_alarm_rate"] == pytest.approx((0, 1 - 0.025 ** (1 / 16)))
+    assert intervals["miss_rate"] == pytest.approx((0, 1 - 0.025 ** (1 / 10)))
+    low, high = judge(Scored(["good"] * 16, np.repeat([0.0, 9.0], [13, 3]), "good")).intervals["false_alarm_rate"]
+    assert binom.sf(2, 16, low) == pytest.approx(0.025)
+    assert binom.cdf(3, 16, high) == pytest.approx(0.025)
 
 
 def test_more_false_alarms_than_promised_are_unlikely():

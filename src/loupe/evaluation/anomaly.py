@@ -70,21 +70,18 @@ def compute_kind_metrics(labels: Sequence[str], scores: Scores, threshold: float
 
 
 def compute_resampled_metrics(
-    is_anomalous: Kinds, scores: Scores, threshold: float, weights: Float[np.ndarray, "num_resamples num_images"]
+    is_anomalous: Kinds, scores: Scores, weights: Float[np.ndarray, "num_resamples num_images"]
 ) -> dict[str, Float[np.ndarray, " num_resamples"]]:
-    """What `compute_anomaly_metrics` gives of each resample, for all of them at once; the F1s are left out.
+    """Image AUROC and average precision of each resample, all of them at once; NaN where one kind of image is absent.
 
     Args:
         weights: how often a resample has each image.
     """
     groups = np.unique(scores, return_inverse=True)[1]
     normal, anomalous = (weights @ _tabulate(groups, chosen) for chosen in (~is_anomalous, is_anomalous))
-    flagged = scores > threshold
     return {
         "image_auroc": compute_grouped_auroc(normal, anomalous),
         "image_average_precision": _compute_grouped_average_precision(normal, anomalous),
-        "false_alarm_rate": _divide(weights @ (flagged & ~is_anomalous), normal.sum(axis=1)),
-        "miss_rate": _divide(weights @ (~flagged & is_anomalous), anomalous.sum(axis=1)),
     }
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int64
+from scipy.stats import binomtest
 
 from loupe.evaluation.anomaly import compute_anomaly_metrics, compute_kind_metrics, compute_resampled_metrics
 from loupe.evaluation.bootstrap import Interval, compute_intervals
@@ -80,22 +81,31 @@ def judge_detector(test: Scored, threshold: Threshold, pixels: Pixels | None, se
     """
     is_anomalous, value = test.is_anomalous, threshold.value
     figures = compute_anomaly_metrics(is_anomalous, test.scores, value)
-    statistic = partial(compute_resampled_metrics, is_anomalous, test.scores, value)
+    statistic = partial(compute_resampled_metrics, is_anomalous, test.scores)
     intervals = compute_intervals(statistic, len(test.scores), seed)
+    alarms, misses = test.scores[~is_anomalous] > value, test.scores[is_anomalous] <= value
+    intervals |= {"false_alarm_rate": _compute_rate_interval(alarms), "miss_rate": _compute_rate_interval(misses)}
     if pixels is not None:
         figures |= compute_pixel_metrics(pixels.masks, pixels.maps)
         intervals["pixel_auroc"] = compute_pixel_interval(pixels.masks, pixels.maps, seed)
-    num_normal, num_alarms = int((~is_anomalous).sum()), int((test.scores[~is_anomalous] > value).sum())
     return DetectorJudgement(
         figures=figures,
         intervals=intervals,
         kinds=compute_kind_metrics(test.labels, test.scores, value, test.normal_label),
         threshold=threshold,
-        chance_of_alarms=threshold.compute_chance(num_alarms, num_normal) if num_normal else None,
+        chance_of_alarms=threshold.compute_chance(int(alarms.sum()), len(alarms)) if len(alarms) else None,
         num_images=len(test.scores),
         num_anomalous=int(is_anomalous.sum()),
         num_pixel_images=0 if pixels is None else len(pixels.maps),
     )
+
+
+def _compute_rate_interval(errs: Bool[np.ndarray, " num_images"]) -> Interval:
+    """Exact at 95% (Clopper and Pearson, 1934), so that it has a width where no image errs; NaN without images."""
+    if not errs.size:
+        return Interval(math.nan, math.nan)
+    found = binomtest(int(errs.sum()), errs.size).proportion_ci()
+    return Interval(float(found.low), float(found.high))
 
 
 def find_worst_misses(test: Scored, number: int) -> Positions:

@@ -245,7 +245,7 @@ def compute_effect(is_recent: Kinds, values: Scores, groups: Groups, folds: Fold
 
     def resample(weights: Float[np.ndarray, "num_resamples num_groups"]) -> Mapping[str, np.ndarray]:
         parts = [
-            compute_resampled_metrics(is_recent[fold], values[fold], 0.0, weights[:, groups[fold]])["image_auroc"]
+            compute_resampled_metrics(is_recent[fold], values[fold], weights[:, groups[fold]])["image_auroc"]
             for fold in folds
         ]
         return {"effect": np.mean(parts, axis=0)}

@@ -134,7 +134,7 @@ def compute_resampled_metric(
     if hold_out.normal_label is None:
         share: np.ndarray = weights @ answers / weights.sum(axis=1)
         return share
-    return compute_resampled_metrics(hold_out.labels != hold_out.normal_label, answers, 0.0, weights)["image_auroc"]
+    return compute_resampled_metrics(hold_out.labels != hold_out.normal_label, answers, weights)["image_auroc"]
 
 
 def find_worst(hold_out: HoldOut, answers: Float[np.ndarray, " num_images"]) -> tuple[str, float] | None:

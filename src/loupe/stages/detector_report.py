@@ -146,8 +146,8 @@ def _list_measures(told: DetectorJudgement) -> list[Row]:
     meanings = {
         "image_auroc": ("image AUROC", "1 at best, 0.5 by chance"),
         "image_average_precision": ("image average precision", "1 at best"),
-        "false_alarm_rate": ("false alarms", alarms + _say_what_none_allows(figures["false_alarm_rate"], num_normal)),
-        "miss_rate": ("misses", misses + _say_what_none_allows(figures["miss_rate"], told.num_anomalous)),
+        "false_alarm_rate": ("false alarms", alarms),
+        "miss_rate": ("misses", misses),
         "f1": ("F1", f"1 at best; {figures['best_f1']:.3f} at the best of all thresholds"),
         "pixel_auroc": ("pixel AUROC", over_pixels),
         "pixel_average_precision": ("pixel average precision", over_pixels),
@@ -164,11 +164,6 @@ def _list_measures(told: DetectorJudgement) -> list[Row]:
         for key, (name, meaning) in meanings.items()
         if not math.isnan(figures.get(key, math.nan))
     ]
-
-
-def _say_what_none_allows(rate: float, number: int) -> str:
-    """Where no image errs the bootstrap's interval has no width; the rule of three says how rare errors must be."""
-    return f"; none among so many still allows up to {min(1.0, 3 / number):.1%}" if rate == 0 else ""
 
 
 def _chart_scores(report: Report) -> ScoreChart:
