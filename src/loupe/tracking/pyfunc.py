@@ -15,7 +15,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from torch import Tensor
 
-from loupe.data.images import Geometry, choose_num_threads, fit_image, open_image
+from loupe.data.images import Geometry, fit_image, open_image
 from loupe.errors import DataError
 from loupe.evaluation.thresholds import check_false_alarm_rate, compute_threshold
 from loupe.models.classifiers import load_classifier
@@ -89,7 +89,7 @@ class ImageModel(PythonModel):
         return pd.concat(parts, ignore_index=True)
 
     def _answer_batch(self, contents: Sequence[bytes], options: Options) -> pd.DataFrame:
-        with ThreadPoolExecutor(choose_num_threads([len(content) for content in contents])) as pool:
+        with ThreadPoolExecutor() as pool:  # decoding lets other threads run
             results = list(pool.map(self._read, contents))
         images = [result for result in results if isinstance(result, np.ndarray)]
         problems = [result if isinstance(result, str) else None for result in results]
