@@ -108,11 +108,19 @@ def test_without_shuffling_the_order_is_kept():
 
 
 @pytest.mark.parametrize(
-    ("num_images", "shuffle", "sizes"), [(5, True, [2, 2]), (5, False, [2, 2, 1]), (3, True, [2, 1]), (1, True, [1])]
+    ("num_images", "shuffle", "sizes"),
+    [
+        (8, True, [3, 3]),
+        (8, False, [3, 3, 2]),
+        (5, True, [3, 2]),
+        (4, True, [3]),  # one alone has no batch statistics
+        (4, False, [3, 1]),
+        (1, True, [1]),
+    ],
 )
 def test_a_last_small_batch_is_dropped_in_training_alone_and_only_where_others_stay(num_images, shuffle, sizes):
     images = np.zeros((num_images, 4, 4, 1), np.uint8)
-    loader = build_loader(dataset_of(images), batch_size=2, shuffle=shuffle, num_workers=0)
+    loader = build_loader(dataset_of(images), batch_size=3, shuffle=shuffle, num_workers=0)
     assert [len(targets) for _, targets in loader] == sizes
 
 

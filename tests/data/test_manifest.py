@@ -288,6 +288,7 @@ def test_good_masks_have_no_problem(mvtec, read):
         (Image.new("RGB", (24, 20), 0), "it marks nothing"),
         (Image.new("L", (24, 20), 1), None),
         (Image.new("1", (24, 20), 1), None),
+        (Image.new("I;16", (24, 20), 1), None),
     ],
 )
 def test_a_mask_must_have_its_images_size_and_mark_something(mvtec, read, mask, problem):

@@ -138,11 +138,12 @@ def test_a_mask_is_found_by_its_row_and_is_one_where_anomalous(bolts, mvtec, tmp
     assert sorted(rows[rows >= 0]) == [0, 1, 2]
 
 
-def test_a_defect_thinner_than_a_pixel_is_kept(tmp_path, tabulate):
-    line = np.zeros((200, 200), np.uint8)
-    line[101, 20:180] = 255
+@pytest.mark.parametrize(("value", "depth"), [(255, np.uint8), (1, np.uint8), (1, np.uint16)])
+def test_a_defect_thinner_than_a_pixel_is_kept_whatever_marks_it(tmp_path, tabulate, value, depth):
+    line = np.zeros((200, 200), depth)
+    line[101, 20:180] = value
     Image.fromarray(line).save(tmp_path / "mask.png")
-    Image.fromarray(line).save(tmp_path / "0000_line.png")
+    Image.fromarray(line.astype(np.uint8)).save(tmp_path / "0000_line.png")
     rows = tabulate([("line", "scratch", "test")]).assign(mask_path="mask.png", split="test")
     geometry = Geometry(20, 20, 1, 20, 20, 32, 32, "squash", "nearest")
     prepare_images(tmp_path, rows, geometry, tmp_path / "prepared")

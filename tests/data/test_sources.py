@@ -43,6 +43,15 @@ def test_other_names_of_val_are_known(split_folders, name):
     assert set(list_images(split_folders).rows["given_split"]) == {"train", "val", "test"}
 
 
+def test_splits_may_be_written_in_capitals_and_in_other_forms(split_folders):
+    shutil.rmtree(split_folders / "val")
+    (split_folders / "train").rename(split_folders / "Training")
+    (split_folders / "test").rename(split_folders / "Testing")
+    listing = list_images(split_folders)
+    assert listing.layout == "split_folders"
+    assert listing.rows["given_split"].value_counts().to_dict() == {"train": 8, "test": 4}
+
+
 def test_mvtec_gives_defects_as_labels(mvtec):
     rows = list_images(mvtec).rows
     assert rows.groupby(["given_split", "label"]).size().to_dict() == {
@@ -57,6 +66,12 @@ def test_mvtec_masks_are_found_beside_their_images(mvtec):
     rows = list_images(mvtec).rows
     masks = rows.dropna(subset="mask_path").set_index("path")["mask_path"].to_dict()
     assert masks == {f"test/scratch/{n}.png": f"ground_truth/scratch/{n}_mask.png" for n in range(3)}
+
+
+def test_masks_of_normal_images_mark_nothing_and_are_passed_over(mvtec, write):
+    expected = list_images(mvtec).rows
+    write(mvtec / "ground_truth" / "good" / "0_mask.png", 70)
+    pd.testing.assert_frame_equal(list_images(mvtec).rows, expected)
 
 
 def test_a_mask_may_have_the_name_of_its_image(mvtec):
@@ -143,6 +158,23 @@ def test_images_beside_the_folders_of_classes_are_left_out_and_named(class_folde
     assert listing.layout == "class_folders"
     assert len(listing.rows) == 12
     assert listing.left_out == ["overview.png"]
+
+
+def test_pictures_of_other_kinds_are_rows_so_that_they_are_set_aside_and_named(class_folders):
+    (class_folders / "dog" / "0.png").rename(class_folders / "dog" / "0.JFIF")
+    (class_folders / "cow").mkdir()
+    (class_folders / "cow" / "0.gif").write_bytes(b"GIF89a")
+    rows = list_images(class_folders).rows
+    assert {"cow/0.gif", "dog/0.JFIF"} <= set(rows["path"])
+
+
+@pytest.mark.parametrize(("layout", "place"), [("class_folders", "cow"), ("split_folders", "valid")])
+def test_a_link_in_the_place_of_a_class_or_a_split_is_refused_and_named(request, tmp_path, layout, place):
+    root = request.getfixturevalue(layout)
+    (tmp_path / "outside").mkdir()
+    (root / place).symlink_to(tmp_path / "outside")
+    with pytest.raises(DataError, match=f"^{place}: a link to a folder is not followed"):
+        list_images(root)
 
 
 def test_masks_are_not_left_out(mvtec):
@@ -233,7 +265,15 @@ def test_a_table_counts_before_folders(table, write):
 
 def test_a_table_of_other_things_is_passed_over(class_folders):
     (class_folders / "weather.csv").write_text("day,rain\n1,2\n")
-    assert list_images(class_folders).layout == "class_folders"
+    listing = list_images(class_folders)
+    assert listing.layout == "class_folders"
+    assert listing.left_out == ["weather.csv"]
+
+
+def test_spaces_after_the_commas_of_a_table_do_not_count(class_folders):
+    (class_folders / "list.csv").write_text("path, label\ncat/0.png, cow\n")
+    rows = list_images(class_folders).rows
+    assert rows[["path", "label"]].to_numpy().tolist() == [["cat/0.png", "cow"]]
 
 
 @pytest.mark.parametrize("content", ["", "a,b\n1,2,3,4\n", "\x00\x01"])

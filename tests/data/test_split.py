@@ -215,6 +215,22 @@ def test_a_label_of_test_alone_is_no_class_of_the_classifier(tabulate, tasks_of)
     assert tasks_of(manifest, []).labels == ["cat", "dog"]
 
 
+def test_a_label_whose_train_images_are_all_in_test_too_is_named(tabulate, tasks_of):
+    copies = [("cow 0", "cow", "train"), ("cow 0", "cow", "test")]
+    manifest = tabulate(given("cat", train=20, test=3) + given("dog", train=20, test=3) + copies)
+    with pytest.raises(DataError, match="no image of 'cow' is left to train on"):
+        tasks_of(manifest, [])
+
+
+def test_too_few_images_after_some_were_removed_say_how_to_divide_anew(tabulate, divide):
+    manifest = tabulate([(f"cat{n}", "cat", None) for n in range(9)])
+    splits = divide(manifest, FRACTIONS, 0)
+    gone = splits["image_id"][splits["split"].eq("val")]
+    contents = list_contents(manifest[~manifest["image_id"].isin(gone)]).assign(cluster=range(9 - len(gone)))
+    with pytest.raises(DataError, match="or remove data/split"):
+        assign_splits(contents, Fractions(0.1, 0.1, 0.2), 0, splits)
+
+
 @pytest.mark.parametrize(("layout", "given_splits"), [("split_folders", {"train", "val", "test"}), ("mvtec", {"test"})])
 def test_a_folder_on_disk_keeps_its_splits(request, read, layout, given_splits, divide):
     root = request.getfixturevalue(layout)

@@ -2,10 +2,10 @@
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
@@ -38,6 +38,7 @@ RESAMPLING = {
 
 
 Fit = Literal["crop", "squash", "pad"]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,30 @@ def decode_image(source: Path | bytes, grey: bool = False) -> tuple[Image.Image,
     Raises:
         DataError: if it is not one whole picture in one of FORMATS; says why.
     """
+
+    def finish(image: Image.Image, mode: str) -> tuple[Image.Image, str]:
+        upright = _to_eight_bits(image)
+        return upright.convert("L") if grey and upright.mode != "L" else upright, mode
+
+    return _decode(source, finish, grey)
+
+
+def open_mask(path: Path) -> Image.Image:
+    """A mask in grey, upright: 255 wherever the file has another value than 0, be it 1, or one of 16 bits.
+
+    Raises:
+        DataError: if it is not one whole picture in one of FORMATS; says why.
+    """
+
+    def finish(image: Image.Image, _: str) -> Image.Image:
+        values = image if image.mode.startswith("I") else _to_eight_bits(image).convert("L")
+        return Image.fromarray((np.asarray(values) != 0).astype(np.uint8) * 255)
+
+    return _decode(path, finish)
+
+
+def _decode(source: Path | bytes, finish: Callable[[Image.Image, str], Result], grey: bool = False) -> Result:
+    """What `finish` makes of the image, upright and in its own depth, and of the mode that the file is written in."""
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             mode = image.mode
@@ -89,8 +114,7 @@ def decode_image(source: Path | bytes, grey: bool = False) -> tuple[Image.Image,
             if grey and mode == "RGB":
                 image.draft("L", image.size)
             image.load()
-            upright = _to_eight_bits(_turn_upright(image))
-            return upright.convert("L") if grey and upright.mode != "L" else upright, mode
+            return finish(_turn_upright(image), mode)
     except Exception as error:  # Pillow's readers raise a dozen kinds, whatever their parsing ran into
         name = "the image" if isinstance(source, bytes) else str(source)
         raise DataError(f"{name} can't be decoded: {_explain(error, source)}") from error

@@ -143,7 +143,8 @@ def build_loader(dataset: PreparedDataset, batch_size: int, shuffle: bool, num_w
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available() and not device,
-        drop_last=shuffle and len(dataset) >= 2 * batch_size,
+        # Of one image there are no batch statistics.
+        drop_last=shuffle and (len(dataset) >= 2 * batch_size or (len(dataset) % batch_size == 1 and len(dataset) > 1)),
     )
 
 

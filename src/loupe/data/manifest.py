@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from loupe.data import images
-from loupe.data.images import choose_num_threads, decode_image
+from loupe.data.images import choose_num_threads, decode_image, open_mask
 from loupe.data.sources import Listing
 from loupe.errors import DataError
 
@@ -136,7 +136,9 @@ def check_masks(root: Path, manifest: pd.DataFrame) -> pd.DataFrame:
 def _find_mask_problem(real_root: str, place: Path, size: tuple[int, int]) -> str | None:
     try:
         _check_place(real_root, place)
-        mask = decode_image(place, grey=True)[0]
+        mask = open_mask(place)
+    except OSError as error:
+        return error.strerror
     except DataError as error:
         return str(error).removeprefix(f"{place} ")
     if mask.size != size:
@@ -147,7 +149,7 @@ def _find_mask_problem(real_root: str, place: Path, size: tuple[int, int]) -> st
 def _stamp(root: Path, path: str) -> tuple[str, int, int]:
     try:
         status = (root / path).stat()
-    except OSError:
+    except (OSError, ValueError):  # the latter of a null character
         return path, -1, -1
     return path, status.st_size, status.st_mtime_ns
 

@@ -13,7 +13,7 @@ import pandas as pd
 from jaxtyping import Int64, UInt8
 from numpy.lib.format import open_memmap
 
-from loupe.data.images import GREY_MODES, Fit, Geometry, choose_num_threads, fit_image, open_image
+from loupe.data.images import GREY_MODES, Fit, Geometry, choose_num_threads, fit_image, open_image, open_mask
 from loupe.data.manifest import load_table, save_table
 
 IN_MEMORY_BYTES = 1 << 30
@@ -208,7 +208,7 @@ def _fill_array(
 def _fit_mask(path: Path, geometry: Geometry) -> UInt8[np.ndarray, "height width"]:
     """1 where any of the mask falls: smoothing would lose defects thinner than a pixel."""
     grey = Geometry(**{**geometry.to_json(), "channels": 1, "interpolation": "bilinear"})
-    return (fit_image(open_image(path), grey)[:, :, 0] > 0).astype(np.uint8)
+    return (fit_image(open_mask(path), grey)[:, :, 0] > 0).astype(np.uint8)
 
 
 def load_prepared(folder: Path) -> Prepared:

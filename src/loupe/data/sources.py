@@ -11,12 +11,17 @@ import pandas as pd
 
 from loupe.errors import DataError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+READ = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".webp", ".tif", ".tiff")
+UNREAD = (".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".pbm", ".pgm", ".ppm")  # to be set aside, and named
+SUFFIXES = READ + UNREAD
 TABLE_READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
-    ".csv": lambda path: pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""]),  # 007 and NA are labels
+    ".csv": lambda path: pd.read_csv(  # 007 and NA are labels
+        path, dtype=str, keep_default_na=False, na_values=[""], skipinitialspace=True
+    ),
     ".parquet": pd.read_parquet,
 }
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLIT_FOLDERS |= {"training": "train", "testing": "test"}  # all of them in capitals too
 NORMAL_FOLDER, MASK_FOLDER = "good", "ground_truth"
 NAMELESS = frozenset({"images", "data", "dataset"})
 LAYOUTS = {
@@ -33,7 +38,8 @@ COLUMNS = ["path", "label", "group", "given_split", "mask_path"]
 class Listing:
     """Images found in a folder. `rows` has COLUMNS; paths are relative to the folder, posix.
 
-    `left_out` are the images that the layout has no place for, such as those beside the folders of classes.
+    `left_out` are the images that the layout has no place for, such as those beside the folders of classes, and the
+    tables beside the images that say nothing of them.
     """
 
     layout: str
@@ -50,14 +56,15 @@ def list_images(root: Path, layout: str = "auto") -> Listing:
     files, links = list_files(root)
     images = [path for path in files if path.lower().endswith(SUFFIXES)]
     if not images:
-        raise DataError(f"{root} holds no images: expected files that end in {', '.join(SUFFIXES)}")
+        raise DataError(f"{root} holds no images: expected files that end in {', '.join(READ)}")
     tables = [path for path in files if "/" not in path and path.lower().endswith(tuple(TABLE_READERS))]
     layout = _recognise_layout(root, images, tables) if layout == "auto" else layout
-    rows = _read_table(root, tables) if layout == "table" else _read_folders(images, links, layout)
+    rows = _list_table(root, tables) if layout == "table" else _read_folders(images, links, layout)
     if rows.empty:
         raise DataError(f"{root} has no images in the layout {layout} ({LAYOUTS[layout]})")
     placed = set(rows["path"]) | set(rows["mask_path"].dropna())
-    left_out = [path for path in images if path not in placed]
+    misplaced = [path for path in images if path not in placed]
+    left_out = misplaced if layout == "table" else [*tables, *misplaced]
     return Listing(layout, rows.sort_values("path", ignore_index=True), left_out)
 
 
@@ -108,12 +115,13 @@ def _recognise_layout(root: Path, images: list[str], tables: list[str]) -> str:
         return "table"
     places = {tuple(path.split("/")[:-1]) for path in images}
     folders = {parts[0] for parts in places if parts}
-    in_train = {parts[1] for parts in places if len(parts) > 1 and parts[0] == "train"}
+    splits = {folder for folder in folders if _find_split(folder)}
+    in_train = {parts[1] for parts in places if len(parts) > 1 and _find_split(parts[0]) == "train"}
     if "test" in folders and (in_train == {NORMAL_FOLDER} or (NORMAL_FOLDER in in_train and MASK_FOLDER in folders)):
         return "mvtec"
-    if in_train and folders <= set(SPLIT_FOLDERS):
+    if in_train and folders == splits:
         return "split_folders"
-    if folders and not folders & set(SPLIT_FOLDERS):
+    if folders and not splits:
         return "class_folders"
     if not folders:
         return "unlabelled"
@@ -122,32 +130,41 @@ def _recognise_layout(root: Path, images: list[str], tables: list[str]) -> str:
     raise DataError(f"{root} has none of the known layouts. Expected {known}. Found the folders {seen}")
 
 
+def _find_split(name: str) -> str | None:
+    return SPLIT_FOLDERS.get(name.lower())
+
+
 def _has_columns(path: Path) -> bool:
     try:
-        return {"path", "label"} <= set(_read_one_table(path).columns)
+        return {"path", "label"} <= set(read_table(path).columns)
     except DataError:  # some other table, beside folders of images
         return False
 
 
-def _read_one_table(path: Path) -> pd.DataFrame:
+def read_table(path: Path) -> pd.DataFrame:
+    """A CSV or Parquet file as it is; of CSV all values are text.
+
+    Raises:
+        DataError: if it can't be read.
+    """
     try:
         return TABLE_READERS[path.suffix.lower()](path)
     except (OSError, ValueError) as error:  # pandas' and pyarrow's own are ValueErrors
         raise DataError(f"{path} can't be read as a table: {' '.join(str(error).split())}") from error
 
 
-def _read_table(root: Path, tables: list[str]) -> pd.DataFrame:
+def _list_table(root: Path, tables: list[str]) -> pd.DataFrame:
     """Rows of the one table beside the images."""
     if len(tables) != 1:
         raise DataError(f"{root} must hold one .csv or .parquet table beside its images, got {len(tables)}")
-    table = _read_one_table(root / tables[0])
+    table = read_table(root / tables[0])
     missing = {"path", "label"} - set(table.columns)
     if missing:
         raise DataError(f"{root / tables[0]} must have the columns path and label; {', '.join(missing)} is missing")
     rows = pd.DataFrame({"path": table["path"], "label": table["label"]}, dtype="str")
     for column, source in (("group", "group"), ("given_split", "split"), ("mask_path", "mask")):
         rows[column] = table[source].astype("str").where(table[source].notna()) if source in table else None
-    unknown = set(rows["given_split"].dropna()) - set(SPLIT_FOLDERS)
+    unknown = {name for name in rows["given_split"].dropna() if not _find_split(name)}
     if unknown:
         raise DataError(f"{root / tables[0]}: split must be one of {', '.join(SPLIT_FOLDERS)}, got {min(unknown)!r}")
     if rows[["path", "label"]].isna().any(axis=None):
@@ -155,21 +172,28 @@ def _read_table(root: Path, tables: list[str]) -> pd.DataFrame:
     twice = rows["path"][rows["path"].duplicated()]
     if len(twice):
         raise DataError(f"{root / tables[0]} must have one row an image, got {twice.iloc[0]} more than once")
-    rows["given_split"] = rows["given_split"].map(SPLIT_FOLDERS)
+    rows["given_split"] = rows["given_split"].map(_find_split, na_action="ignore")
     return rows[COLUMNS].astype("str")
 
 
 def _read_folders(images: list[str], links: list[str], layout: str) -> pd.DataFrame:
-    """Links to folders are rows too: they are not followed, and ingest sets them aside with that reason."""
+    """Links to folders are rows too: they are not followed, and ingest sets them aside with that reason.
+
+    Raises:
+        DataError: if such a link is in the place of a whole class or split, or the layout does not hold.
+    """
     if layout == "unlabelled":
         return pd.DataFrame({"path": [*images, *links]}, columns=COLUMNS, dtype="str")
     label_depth = 0 if layout == "class_folders" else 1
+    whole = [path for path in links if path.count("/") <= label_depth]
+    if whole:
+        raise DataError(f"{_name_some(whole)}: a link to a folder is not followed; put the folder there, or nothing")
     placed = [path for path in images if path.count("/") > label_depth]
-    placed += [path for path in links if path.count("/") >= label_depth]
+    placed += links
     parts = [path.split("/", label_depth + 1) for path in placed]
     table = pd.DataFrame({"path": placed, "label": [part[label_depth] for part in parts]}, columns=COLUMNS, dtype="str")
     if label_depth:
-        table["given_split"] = pd.Series([SPLIT_FOLDERS.get(part[0]) for part in parts], dtype="str")
+        table["given_split"] = pd.Series([_find_split(part[0]) for part in parts], dtype="str")
         table = table[table["given_split"].notna()]
     if layout == "mvtec":
         table["mask_path"] = _find_masks(table["path"], set(images)).to_numpy()
@@ -186,7 +210,8 @@ def _check_mvtec(table: pd.DataFrame, images: list[str]) -> None:
             "is anomalous to test/"
         )
     masks = set(images) - set(table["path"]) - set(table["mask_path"].dropna())
-    alone = sorted(path for path in masks if path.startswith(f"{MASK_FOLDER}/"))
+    of_normal = f"{MASK_FOLDER}/{NORMAL_FOLDER}/"  # they mark nothing
+    alone = sorted(path for path in masks if path.startswith(f"{MASK_FOLDER}/") and not path.startswith(of_normal))
     if alone:
         raise DataError(
             f"masks without their images: {_name_some(alone)}; expected the image of "
@@ -203,7 +228,9 @@ def _find_masks(paths: pd.Series, files: set[str]) -> pd.Series:
     """The mask of test/<defect>/<stem>.* is ground_truth/<defect>/<stem>_mask.png or <stem>.png, where there is one."""
 
     def find(path: str) -> str | None:
-        _, defect, *_, name = path.split("/")
+        split, defect, *_, name = path.split("/")
+        if split != "test" or defect == NORMAL_FOLDER:
+            return None
         stem = f"{MASK_FOLDER}/{defect}/{Path(name).stem}"
         return next((mask for mask in (f"{stem}_mask.png", f"{stem}.png") if mask in files), None)
 

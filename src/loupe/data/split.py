@@ -134,7 +134,7 @@ def _divide(
     for cluster, members in sorted(homeless.items(), key=lambda item: _rank(seed, min(item[1]))):
         chosen[cluster] = _choose_home(len(members), quotas, filled)
         filled[chosen[cluster]] += len(members)
-    _check_all_filled(filled, fractions, label, len(rows), rows["cluster"].nunique())
+    _check_all_filled(filled, fractions, label, len(rows), rows["cluster"].nunique(), bool(settled))
     return chosen
 
 
@@ -146,7 +146,7 @@ def _choose_home(size: int, quotas: dict[str, int], filled: Counter[str]) -> str
 
 
 def _check_all_filled(
-    filled: Counter[str], fractions: dict[str, float], label: str, images: int, clusters: int
+    filled: Counter[str], fractions: dict[str, float], label: str, images: int, clusters: int, is_settled: bool
 ) -> None:
     empty = [split for split in ("train", *fractions) if not filled[split]]
     if empty:
@@ -155,6 +155,7 @@ def _check_all_filled(
             f"class {label!r} has {images} images{alike}, too few to split into train, {', '.join(fractions)} "
             f"({', '.join(empty)} would be empty): expected at least {len(fractions) + 1} and, with these fractions, "
             "some left for train; add images or remove the class"
+            + (", or remove data/split, by which images keep the split that they had" if is_settled else "")
         )
 
 
@@ -199,6 +200,11 @@ def compute_tasks(manifest: pd.DataFrame, splits: pd.DataFrame, normal_labels: S
     labels = sorted(rows.loc[rows["split"].eq("train"), "label"].unique())
     if not labels:
         raise DataError("no image is left to train on: expected a train folder, or images without a given split")
+    lost = sorted(set(manifest.loc[manifest["given_split"].isin(["train"]), "label"]) - set(labels))
+    if lost:
+        raise DataError(
+            f"no image of {lost[0]!r} is left to train on: all that are in train are in val or test as well"
+        )
     normal_label = next((label for label in normal_labels if label in labels), None)
     anomalous = rows["split"].eq("test") & rows["label"].ne(str(normal_label))
     few = len(labels) < 2

@@ -31,7 +31,7 @@ def ingest(params: Params) -> None:
     log.info("layout of %s: %s (%s)", root, listing.layout, LAYOUTS[listing.layout])
     if listing.left_out:
         named = ", ".join(listing.left_out[:3])
-        log.warning("%d images have no place in this layout and are left out: %s", len(listing.left_out), named)
+        log.warning("%d files have no place in this layout and are left out: %s", len(listing.left_out), named)
     version = f"{compute_facts_version()} {root.resolve()}"
     known = _recall(version)
     facts = build_facts(root, listing, known)

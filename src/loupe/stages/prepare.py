@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def prepare(params: Params) -> None:
-    manifest = load_table(MANIFEST).drop_duplicates("image_id")
+    manifest = load_table(MANIFEST).sort_values("mask_path", kind="stable").drop_duplicates("image_id")  # masked first
     rows, tasks = manifest.merge(load_table(SPLITS), on="image_id"), load_tasks(TASKS)
     for task, reason in (("classifier", tasks.no_classifier_because), ("detector", tasks.no_detector_because)):
         if reason:
