@@ -15,7 +15,7 @@ from rich.console import Console
 
 from loupe.cli import change_params
 from loupe.config import load_params
-from loupe.errors import TrackingError
+from loupe.errors import TrackingError, WeightsError
 from loupe.experiments import Result
 from loupe.ladder import (
     COURSE,
@@ -24,6 +24,7 @@ from loupe.ladder import (
     Step,
     build_experiment,
     build_table,
+    climb_ladder,
     flatten_ladder,
     record_ladder,
     render_ladder,
@@ -271,3 +272,10 @@ def test_all_figures_alike_are_drawn_too():
 @pytest.mark.parametrize(("seconds", "written"), [(0.4, "0:00"), (59.6, "1:00"), (61, "1:01"), (4000, "66:40")])
 def test_time_is_minutes_and_seconds(seconds, written):
     assert write_time(seconds) == written
+
+
+def test_a_backbone_whose_weights_no_package_carries_is_refused_before_the_first_recipe(repository):
+    params = load_params(repository / "params.yaml")
+    section = params.train_classifier.model_copy(update={"backbone": "test_resnet"})
+    with pytest.raises(WeightsError, match="no package carries weights of 'test_resnet'"):
+        climb_ladder(params.model_copy(update={"train_classifier": section}))

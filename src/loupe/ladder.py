@@ -20,6 +20,7 @@ from loupe.experiments import (
     run_experiments,
     write_time,
 )
+from loupe.models.weights import check_packaged
 from loupe.reporting.charts import Measured, build_interval_chart
 from loupe.reporting.page import render_page, save_page
 from loupe.stages.entry import save_json
@@ -77,8 +78,11 @@ def climb_ladder(params: Params) -> None:
     """Train and test by each recipe, write reports/ladder.json and ladder.html, and end with a table.
 
     Raises:
+        WeightsError: if the recipes that are pretrained lack their weights.
         PipelineError: if a recipe fails.
     """
+    if params.train_classifier.weights == "auto":
+        check_packaged(params.train_classifier.backbone)
     console = Console(highlight=False)
     experiments = [build_experiment(recipe, params.train_classifier) for recipe in TRAINS]
     results = run_experiments(experiments, TASK, params, lambda line: console.print(line, markup=False, soft_wrap=True))

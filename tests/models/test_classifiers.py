@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from loupe.errors import WeightsError
+from loupe.errors import ConfigError, WeightsError
 from loupe.models.classifiers import (
     ClassifierConfig,
     build_classifier,
@@ -107,3 +107,8 @@ def test_unknown_weights_make_no_classifier():
 
 def test_targets_are_positions_in_the_order_of_classes():
     assert list(compute_targets(np.array(["b", "a", "b"]), ["a", "b"])) == [1, 0, 1]
+
+
+def test_a_network_without_residual_branches_can_not_leave_some_out():
+    with pytest.raises(ConfigError, match=r"lenet5 has no residual branches.*drop_path to 0"):
+        build_classifier(config_of("lenet5"), "none", drop_path=0.1)

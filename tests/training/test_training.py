@@ -1,11 +1,16 @@
+from dataclasses import replace
+from unittest.mock import Mock
+
 import numpy as np
 import pandas as pd
 import pytest
 import timm
 import torch
+from pytorch_lightning import Trainer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 from loupe.data.loading import PreparedDataset
 from loupe.data.transforms import build_augmentation
@@ -13,7 +18,7 @@ from loupe.errors import ConfigError
 from loupe.models.classifiers import ClassifierConfig, build_classifier, predict_probabilities
 from loupe.models.detectors.autoencoder import Autoencoder, AutoencoderConfig
 from loupe.models.detectors.base import detect
-from loupe.models.files import load_weights
+from loupe.models.files import load_weights, save_weights
 from loupe.models.optimization import build_optimizer, check_optimizer, freeze_layers
 from loupe.models.preprocess import Preprocess
 from loupe.training.checkpoints import SafetensorsIO, read_epoch
@@ -23,13 +28,14 @@ from loupe.training.classifier import (
     Recipe,
     has_learnt_from_val,
     is_refitted,
+    refit,
     train_head,
     train_network,
     train_whole,
 )
 from loupe.training.detector import Reconstruction, train_detector
 from loupe.training.head import JUDGED_BY, compute_features
-from loupe.training.trainer import History, Schedule, choose_batch_size, choose_epochs
+from loupe.training.trainer import History, Schedule, build_one_cycle, choose_batch_size, choose_epochs
 
 NUM_IMAGES = 48
 
@@ -120,6 +126,65 @@ def test_a_training_that_diverges_ends_with_the_head_it_began_with(bright_and_da
     _, history = train(bright_and_dark, tmp_path, recipe_of(optimizer="sgd", learning_rate=1e30))
     assert history.best_epoch == 0
     assert np.isnan(history.rows[-1]["val/calibrated_loss"])
+
+
+@pytest.mark.parametrize("refits", [False, True])
+def test_a_training_that_diverges_from_its_first_epoch_is_refused(bright_and_dark, tmp_path, refits):
+    with pytest.raises(ConfigError, match="diverged"):
+        train(bright_and_dark, tmp_path, recipe_of("scratch", optimizer="sgd", learning_rate=1e30, refits=refits))
+
+
+def test_a_second_training_that_diverges_is_refused(bright_and_dark, tmp_path):
+    fitted, val = divide(bright_and_dark)
+    classifier, recipe = build(), recipe_of("scratch", refits=True)
+    history = History(classifier, tmp_path, lambda epoch, metrics: None, JUDGED_BY)
+    save_weights(classifier.state_dict(), tmp_path / "start.safetensors")
+    with pytest.raises(ConfigError, match="diverged"):
+        refit(classifier, fitted.join(val), replace(recipe, optimizer="sgd", learning_rate=1e30), history)
+
+
+@pytest.mark.parametrize("num_steps", range(1, 9))
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adagrad"])
+def test_one_cycle_may_be_of_any_number_of_steps(name, num_steps):
+    weights = torch.nn.Linear(2, 2)
+    optimizer = build_optimizer(weights, name, 0.1, 0.0, 1.0, None)
+    schedule = build_one_cycle(optimizer, Mock(spec=Trainer, estimated_stepping_batches=num_steps))
+    rates = []
+    for _ in range(num_steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule["lr_scheduler"]["scheduler"].step()
+    assert max(rates) <= 0.1 + 1e-9
+    assert max(rates) > 0.04 or num_steps < 3
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_a_moving_average_moves_once_a_step_of_the_optimizer(bright_and_dark, tmp_path, monkeypatch, accumulate):
+    moved = []
+    monkeypatch.setattr(AveragedModel, "update_parameters", lambda self, model: moved.append(1))
+    schedule = Schedule(2, 5, "32-true", accumulate=accumulate)
+    train(bright_and_dark, tmp_path, recipe_of("scratch", schedule=schedule, ema_decay=0.5, batch_size=10))
+    num_batches = NUM_IMAGES // 10
+    assert len(moved) == 2 * -(-num_batches // accumulate)
+
+
+def test_a_head_may_be_a_convolution(bright_and_dark, tmp_path):
+    config = ClassifierConfig("resnetv2_18", ["dark", "bright"], (32, 32), (32, 32), (0.5,) * 3, (0.5,) * 3)
+    classifier = build_classifier(config, "none")
+    assert isinstance(classifier.head, torch.nn.Conv2d)
+    train_network(classifier, bright_and_dark, bright_and_dark, recipe_of("features"), tmp_path, lambda *_: None)
+    assert compute_accuracy(classifier, bright_and_dark) > 0.9
+    images = torch.from_numpy(bright_and_dark.images[:4]).permute(0, 3, 1, 2)
+    features, logits = classifier.compute_both(images)
+    torch.testing.assert_close(features @ classifier.head.weight.flatten(1).T + classifier.head.bias, logits)
+
+
+def test_a_network_without_a_linear_head_is_trained_whole_alone(bright_and_dark, tmp_path):
+    name = "deit_tiny_distilled_patch16_224"  # two heads
+    config = ClassifierConfig(name, ["dark", "bright"], (32, 32), (32, 32), (0.5,) * 3, (0.5,) * 3)
+    classifier = build_classifier(config, "none")
+    with pytest.raises(ConfigError, match=f"{name} ends in no linear layer.*scratch"):
+        train_network(classifier, bright_and_dark, bright_and_dark, recipe_of("features"), tmp_path, lambda *_: None)
 
 
 def test_a_head_alone_leaves_the_backbone_as_it_was(bright_and_dark, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
+from loupe.errors import ConfigError
 from loupe.models.files import load_config, load_weights, save_model
 from loupe.models.input_size import check_input_size
 from loupe.models.preprocess import Preprocess
@@ -99,9 +100,9 @@ class Classifier(nn.Module):
         self.backbone = backbone.to(memory_format=config.memory_format)
 
     @property
-    def head(self) -> nn.Module:
-        """The last layer: features to logits."""
-        head: nn.Module = self.backbone.get_classifier()  # type: ignore[operator]
+    def head(self) -> nn.Module | tuple[nn.Module, ...]:
+        """The last layer: features to logits. Networks that were distilled have two."""
+        head: nn.Module | tuple[nn.Module, ...] = self.backbone.get_classifier()  # type: ignore[operator]
         return head
 
     def compute_features(
@@ -111,6 +112,13 @@ class Classifier(nn.Module):
         maps = self.backbone.forward_features(self.preprocess(images))  # type: ignore[operator]
         features: Tensor = self.backbone.forward_head(maps, pre_logits=True)  # type: ignore[operator]
         return features
+
+    def compute_both(
+        self, images: UInt8[Tensor, "batch channels height width"]
+    ) -> tuple[Float[Tensor, "batch num_features"], Float[Tensor, "batch num_labels"]]:
+        """Features and logits; where the head is no linear layer, the network runs twice."""
+        features = self.compute_features(images)
+        return features, self.head(features) if isinstance(self.head, nn.Linear) else self(images)
 
     def forward(self, images: UInt8[Tensor, "batch channels height width"]) -> Float[Tensor, "batch num_labels"]:
         logits: Tensor = self.backbone(self.preprocess(images))
@@ -128,13 +136,21 @@ def build_classifier(
 
     Raises:
         WeightsError: if the backbone or its weights can't be had.
-        ConfigError: if the backbone can't take images of that size; nothing is loaded or trained before.
+        ConfigError: if the backbone can't take images of that size, or has no residual branches to leave out; nothing
+            is loaded or trained before.
     """
     check_input_size(config.backbone, *config.size, config.channels)
     options = build_options(config.backbone, config.size, config.channels)
     options |= {"drop_rate": drop_rate} if drop_rate else {}
     options |= {"drop_path_rate": drop_path} if drop_path else {}
-    backbone = build_backbone(config.backbone, weights, **options)
+    try:
+        backbone = build_backbone(config.backbone, weights, **options)
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        raise ConfigError(
+            f"{config.backbone} has no residual branches to leave out: set train_classifier.drop_path to 0"
+        ) from error
     backbone.reset_classifier(len(config.labels))  # type: ignore[operator]
     return Classifier(config, backbone)
 
@@ -149,7 +165,8 @@ def load_classifier(folder: Path) -> Classifier:
     values = load_config(folder)["classifier"]
     config = ClassifierConfig(**{**values, **{key: tuple(values[key]) for key in ("crop", "size", "mean", "std")}})
     options = build_options(config.backbone, config.size, config.channels)
-    network = timm.create_model(config.backbone, pretrained=False, num_classes=len(config.labels), **options)
+    network = timm.create_model(config.backbone, pretrained=False, **options)
+    network.reset_classifier(len(config.labels))  # type: ignore[operator]
     classifier = Classifier(config, network)
     load_weights(classifier, folder / "model.safetensors")
     return classifier.eval()

@@ -25,7 +25,8 @@ def save_model(network: nn.Module, config: dict[str, Any], folder: Path) -> None
 def save_weights(state: dict[str, Tensor], path: Path) -> None:
     """Write a state dict as safetensors, whole: a reader sees the old file or the new one."""
     unfinished = path.with_suffix(".unfinished")
-    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, unfinished)
+    # Copies, as some networks have tensors that share their memory.
+    save_file({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, unfinished)
     unfinished.replace(path)
 
 

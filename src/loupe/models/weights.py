@@ -106,9 +106,14 @@ def _load_from_hub(name: str, options: dict[str, Any]) -> nn.Module:
     return network
 
 
-def _load_packaged(name: str, network: nn.Module) -> dict[str, Tensor]:
+def check_packaged(name: str) -> None:
+    """Raises WeightsError if no package carries weights of this network."""
     if name not in PACKAGED:
         raise WeightsError(f"no package carries weights of {name!r}; set train_classifier.weights to one of {WAYS}")
+
+
+def _load_packaged(name: str, network: nn.Module) -> dict[str, Tensor]:
+    check_packaged(name)
     packaged = PACKAGED[name]
     try:
         path = Path(str(importlib.metadata.distribution(packaged.package).locate_file(packaged.file)))

@@ -70,6 +70,7 @@ def train_classifier(params: Params) -> None:
     classifier = build_classifier(config, weights, drop_rate=section.drop_rate, drop_path=section.drop_path)
     recipe = choose_recipe(section, prepared)
     facts = {"config": asdict(config), "recipe": asdict(recipe), "weights": weights, "seed": params.seed}
+    facts |= section.model_dump(include={"drop_rate", "drop_path"})
     with record_training("classifier", params, recipe) as run_id, open_memory("classifier", facts) as memory:
         history = train_network(
             classifier,

@@ -84,7 +84,7 @@ def train_detector(params: Params) -> None:
     rate = choose_rate(section, len(prepared.rows_of("calibration")))
     recipe = choose_recipe(section, prepared)
     with record_training("detector", params, recipe) as run_id:
-        fitted = _fit(detector, recipe, prepared, params.seed)
+        fitted = _fit(detector, recipe, prepared, params.seed, section.weights)
         extra = {
             "geometry": prepared.geometry.to_json(),
             "best_epoch": fitted.best_epoch,
@@ -156,8 +156,10 @@ def choose_recipe(section: Section, prepared: Prepared) -> Reconstruction | Clos
     return recipe
 
 
-def _fit(detector: Detector, recipe: Reconstruction | ClosedForm, prepared: Prepared, seed: int) -> Fitted:
-    """Leaves the detector fitted, on the GPU where there is one."""
+def _fit(
+    detector: Detector, recipe: Reconstruction | ClosedForm, prepared: Prepared, seed: int, weights: str
+) -> Fitted:
+    """Leaves the detector fitted, on the GPU where there is one; `weights` are those of its backbone."""
     dataset = _build_dataset(prepared, "train", seed)
     detector.to("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(recipe, ClosedForm):
@@ -171,6 +173,7 @@ def _fit(detector: Detector, recipe: Reconstruction | ClosedForm, prepared: Prep
         return _measure(detector, prepared)
     assert isinstance(detector, TrainedDetector)
     facts = {"detector": detector.name, "config": asdict(detector.config), "recipe": asdict(recipe), "seed": seed}
+    facts["weights"] = weights
     with open_memory("detector", facts) as memory:
         history = train(detector, dataset, _build_dataset(prepared, "val", seed), recipe, memory, log_epoch)
     return Fitted(history.to_table(), history.best_epoch)

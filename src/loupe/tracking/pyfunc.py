@@ -113,8 +113,8 @@ def _load_classifier(folder: Path, config: dict[str, Any]) -> Predictor:
 
     @torch.inference_mode()
     def classify(images: Tensor, options: Options) -> dict[str, Sequence[Any]]:
-        features = classifier.compute_features(images.to(_choose_device()))
-        probabilities = classifier.head(features).float().softmax(dim=1).cpu().numpy()
+        features, logits = classifier.compute_both(images.to(_choose_device()))
+        probabilities = logits.float().softmax(dim=1).cpu().numpy()
         answers = {"predicted": labels[probabilities.argmax(axis=1)]}
         answers |= {f"probability_{label}": probabilities[:, i] for i, label in enumerate(labels)}
         return answers | ({"embedding": list(features.float().cpu().numpy())} if options.embeddings else {})

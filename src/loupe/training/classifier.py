@@ -144,7 +144,9 @@ class ClassifierTraining(pl.LightningModule):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.averaged is not None:
+        """The optimizer has made a step after as many batches as it accumulates, and after the epoch's last."""
+        has_stepped = (batch_idx + 1) % self.recipe.schedule.accumulate == 0 or self.trainer.is_last_batch
+        if self.averaged is not None and has_stepped:
             self.averaged.update_parameters(self.classifier)
 
     def validation_step(self, batch: Sequence[Tensor], batch_index: int) -> None:
@@ -220,6 +222,7 @@ def train_network(
             save_weights(classifier.state_dict(), folder / START)
     if recipe.steps.whole:
         train_whole(classifier, train, val, recipe, history)
+    history.check_finite(history.best_loss)
     if is_refitted(recipe, history):
         refit(classifier, train.join(val), recipe, history)
     else:
@@ -265,6 +268,7 @@ def refit(classifier: Classifier, images: PreparedDataset, recipe: Recipe, judge
     load_weights(classifier, judged.folder / START)
     history = History(classifier, folder, partial(_report_refit, judged.report), judged_by="train/loss")
     train_whole(classifier, images, None, recipe, history)
+    history.check_finite(history.rows[-1][history.judged_by])
     load_weights(classifier, folder / LAST)
 
 

@@ -77,5 +77,6 @@ def train_detector(
         build_loader(val, 4 * recipe.batch_size, shuffle=False, num_workers=workers),
         seed=train.seed,
     )
+    history.check_finite(history.best_loss)
     load_weights(detector, folder / WEIGHTS)
     return history

@@ -14,6 +14,7 @@ from sklearn.model_selection import StratifiedKFold
 from torch import nn
 
 from loupe.data.loading import PreparedDataset, build_loader
+from loupe.errors import ConfigError
 from loupe.evaluation.calibration import compute_calibrated_loss
 from loupe.models.classifiers import Classifier
 from loupe.training.trainer import choose_num_workers
@@ -39,7 +40,15 @@ class FrozenFeatures:
 
         Args:
             versions: the training images, plain and, each time anew, augmented.
+
+        Raises:
+            ConfigError: if the network ends in something else than one linear layer, or a convolution that is one.
         """
+        if not isinstance(classifier.head, nn.Linear | nn.Conv2d) or classifier.head.bias is None:
+            raise ConfigError(
+                f"{classifier.config.backbone} ends in no linear layer that could be fitted alone: set "
+                "train_classifier.recipe to scratch or scratch_augmented, or choose another backbone"
+            )
         log.info("the head alone, on features of the frozen backbone")
         self.classifier = classifier
         self.parts = [compute_features(classifier, dataset, epoch) for epoch, dataset in enumerate(versions)]
@@ -115,14 +124,16 @@ def _fit_head(features: np.ndarray, targets: np.ndarray, penalty: float) -> Logi
         return LogisticRegression(C=penalty / len(targets), max_iter=MAX_ITERATIONS).fit(features, targets)
 
 
-def _set_head(layer: nn.Module, head: LogisticRegression) -> None:
+def _set_head(layer: nn.Module | tuple[nn.Module, ...], head: LogisticRegression) -> None:
     """Two classes have one row of coefficients: the second's against the first's."""
+    assert isinstance(layer, nn.Linear | nn.Conv2d)
     weights, biases = (torch.from_numpy(values).float() for values in (head.coef_, head.intercept_))
     if len(head.classes_) == 2:
         weights, biases = torch.cat([-weights, weights]) / 2, torch.cat([-biases, biases]) / 2
     with torch.no_grad():
-        layer.weight.copy_(weights)  # type: ignore[operator]
-        layer.bias.copy_(biases)  # type: ignore[operator]
+        layer.weight.copy_(weights.view_as(layer.weight))
+        assert layer.bias is not None  # FrozenFeatures refuses others
+        layer.bias.copy_(biases)
 
 
 @torch.inference_mode()

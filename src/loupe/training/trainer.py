@@ -82,6 +82,13 @@ class History(Callback):
         for row in self.rows:
             self.report(int(row["epoch"]), {name: value for name, value in row.items() if name != "epoch"})
 
+    def check_finite(self, loss: float) -> None:
+        """Raises ConfigError if the loss of what is to be kept is no finite number."""
+        if not math.isfinite(loss):
+            raise ConfigError(
+                f"the training diverged: {self.judged_by} is no finite number; lower the learning_rate of this training"
+            )
+
     def to_table(self) -> pd.DataFrame:
         """One row an epoch."""
         return pd.DataFrame(self.rows)
@@ -161,13 +168,20 @@ def fit(
             f"batches of {train.batch_size} images don't fit the memory: lower the batch_size of this training (and "
             "raise accumulate instead), or the input_size under `prepare` in params.yaml"
         ) from error
+    training.to("cuda" if torch.cuda.is_available() else "cpu")  # Lightning leaves it on the CPU
 
 
 def build_one_cycle(optimizer: torch.optim.Optimizer, trainer: Trainer) -> dict[str, Any]:
     """Warm-up to the optimizer's own rates, then cosine decay, by step (Smith and Topin, arXiv:1708.07120)."""
     rates = [group["lr"] for group in optimizer.param_groups]
-    total_steps = int(trainer.estimated_stepping_batches)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=total_steps, pct_start=0.2)
+    total_steps = max(2, int(trainer.estimated_stepping_batches))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        rates,
+        total_steps=total_steps,
+        pct_start=max(0.2, 1.5 / total_steps),  # torch wants the warm-up to be longer than a step
+        cycle_momentum=bool({"momentum", "betas"} & optimizer.defaults.keys()),
+    )
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

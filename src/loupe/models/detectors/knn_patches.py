@@ -50,7 +50,8 @@ class KnnPatches(FeatureDetector):
         levels = concatenate_levels(features[LEVELS])
         patches = levels.flatten(2).transpose(1, 2)
         squares = patches.square().sum(dim=2, keepdim=True) + self.bank.square().sum(dim=1)
-        nearest = (squares - 2 * patches @ self.bank.T).amin(dim=2).clamp(min=0).sqrt()  # rounding may fall below 0
+        closest = self.bank[(squares - 2 * patches @ self.bank.T).argmin(dim=2)]
+        nearest = (patches - closest).square().sum(dim=2).sqrt()  # of small distances, the sum above is rounding
         top = nearest.topk(min(TOP_PLACES, nearest.shape[1])).values.mean(dim=1)
         distances = nearest.unflatten(1, levels.shape[2:])[:, None]
         return top, gaussian_blur(distances, [BLUR_KERNEL] * 2, [BLUR_PLACES] * 2)[:, 0]
