@@ -16,9 +16,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image, ImageDraw
 from rich.console import Console
+from ruamel.yaml import YAML
 
 from loupe.commands import run_command
 from loupe.errors import LoupeError, PipelineError
@@ -128,7 +128,7 @@ def draw_shape(shape: str, generator: np.random.Generator) -> Image.Image:
 
 def build_params(changes: Mapping[str, Any]) -> dict[str, Any]:
     """The project's params with those of the drill, and with these changes of a step."""
-    params: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params: dict[str, Any] = YAML(typ="safe").load(ROOT / "params.yaml")
     for key, value in {**BASIS, **changes}.items():
         *parents, last = key.split(".")
         section = params
@@ -154,7 +154,7 @@ def score_new_images(versions: tuple[str, ...]) -> dict[str, float]:
 
 def _train(changes: Mapping[str, Any]) -> None:
     """Reproduce with DVC what a promotion of the classifier takes."""
-    Path("params.yaml").write_text(yaml.safe_dump(build_params(changes)), encoding="utf-8")
+    YAML(typ="safe").dump(build_params(changes), Path("params.yaml"))
     for line in run_command(["dvc", "repro", "--quiet", *PROMOTABLE], TIMEOUT_SECONDS):
         if "WARNING" in line:
             console.print(f"   {line}", markup=False)

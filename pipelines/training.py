@@ -12,7 +12,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed, State
 
-from loupe.commands import run_command
+from loupe.commands import alone_in_folder, run_command
 from loupe.config import load_params
 from loupe.errors import LoupeError, PipelineError
 from loupe.stages.entry import save_json
@@ -128,10 +128,11 @@ def list_stages() -> list[str]:
 def main() -> None:
     """Run the flow, and end with the table or with the sentence that says what failed."""
     try:
-        state = train(return_state=True)
-        if not state.is_completed():
-            raise _get_reason(state)
-        print_summary(write_summary())
+        with alone_in_folder():
+            state = train(return_state=True)
+            if not state.is_completed():
+                raise _get_reason(state)
+            print_summary(write_summary())
     except LoupeError as error:
         sys.exit(f"error: {error}")
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from loupe.cli import change_params
 from loupe.config import load_params
@@ -72,6 +73,24 @@ def test_a_folder_that_is_no_data_set_is_one_sentence_and_touches_nothing(params
     assert said in answer.stderr
     assert "Traceback" not in answer.stderr
     assert params.read_bytes() == before
+
+
+def test_a_file_that_dvc_can_not_take_is_named_and_nothing_touched(params, tmp_path):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    Image.new("L", (16, 16)).save(tmp_path / "images" / "a" / "0.png")
+    (tmp_path / "images" / "a" / "1.png").symlink_to("nowhere.png")
+    before = params.read_bytes()
+    answer = call_loupe("run", "--data", "images", folder=tmp_path)
+    assert answer.returncode == 1
+    assert "images/a/1.png is a link to nothing" in answer.stderr
+    assert params.read_bytes() == before
+
+
+def test_a_value_that_is_no_yaml_is_one_sentence(params, tmp_path):
+    answer = call_loupe("run", "--set", "ingest.source=[a", folder=tmp_path)
+    assert answer.returncode == 1
+    assert answer.stderr.startswith("error: --set takes a value in YAML; '[a' is none")
+    assert answer.stderr.count("\n") == 1
 
 
 def test_a_folder_without_params_is_told_where_to_go(tmp_path):

@@ -4,6 +4,7 @@ import pydantic
 import pytest
 import yaml
 
+from loupe.cli import change_params
 from loupe.config import load_params, parse_params
 from loupe.errors import ConfigError
 
@@ -196,6 +197,15 @@ def test_a_file_that_holds_no_sections_is_a_config_error_of_one_line(tmp_path, c
         load_params(path)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_values_are_read_as_they_are_written_by_yaml_1_2(tmp_path, repository):
+    path = tmp_path / "params.yaml"
+    path.write_text((repository / "params.yaml").read_text())
+    change_params(path, {"train_classifier.learning_rate": 1e-5, "split.normal_labels": ["no", "on"]})
+    params = load_params(path)
+    assert params.train_classifier.learning_rate == 1e-5
+    assert params.split.normal_labels == ["no", "on"]
 
 
 def test_a_file_that_is_not_utf_8_is_a_config_error(tmp_path):

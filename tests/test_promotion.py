@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
 from PIL import Image
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
@@ -162,6 +163,26 @@ def test_the_first_classifier_is_no_champion_where_its_export_disagrees_and_is_o
     assert outcome["reason"] == "accuracy 1.0000 passes the floor of 0.6, and there was no champion"
     tags = project.client.get_model_version(project.name, "1").tags
     assert (tags["promotion"], tags["promotion_reason"]) == ("promoted", outcome["reason"])
+
+
+def test_what_was_promoted_and_is_champion_no_more_is_promoted_again_where_there_is_none(open_project):
+    project = open_project("lost")
+    project.train("right")
+    assert project.promote()["decision"] == "promoted"
+    project.client.delete_registered_model_alias(project.name, "champion")
+    outcome = project.promote()
+    assert (outcome["decision"], outcome["champion_version"]) == ("promoted", "1")
+    assert project.aliases()["champion"] == "1"
+
+
+def test_a_model_of_another_data_set_is_refused(open_project):
+    project = open_project("ours")
+    project.train("right")
+    project = open_project("theirs")
+    with pytest.raises(DataError, match=r"the classifier was trained on ours, and .* is of theirs"):
+        project.promote()
+    with pytest.raises(MlflowException):
+        project.client.get_registered_model("theirs-classifier")
 
 
 def test_a_better_classifier_takes_the_champions_place_unless_its_export_disagrees(open_project):

@@ -6,6 +6,7 @@ import sys
 import time
 from base64 import b64encode
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -132,6 +133,20 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_table(store, images, monke
     assert not (store / "scores.parquet.parts").exists()
 
 
+def test_parts_of_images_that_have_changed_since_are_not_gone_on_from(store, write, tmp_path, monkeypatch):
+    for number in range(4):
+        write(tmp_path / f"{number}.png", number)
+    before = score(store, tmp_path)[1]
+    monkeypatch.setattr("loupe.scoring.PART_SIZE", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("loupe.scoring._join", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            score(store, tmp_path)
+    write(tmp_path / "0.png", 50)
+    after = score(store, tmp_path)[1]
+    assert (after["anomaly_score"] != before["anomaly_score"]).tolist() == [True, False, False, False]
+
+
 def test_parts_of_another_request_are_not_gone_on_from(store, images, monkeypatch):
     parts = store / "scores.parquet.parts"
     parts.mkdir()
@@ -178,6 +193,28 @@ def test_what_does_not_go_together_is_one_sentence_and_nothing_is_written(store,
     with pytest.raises(error, match=sentence):
         score(store, images, **options)
     assert sorted(store.glob("scores*")) == before
+
+
+@pytest.mark.parametrize("content", [b"", b'path\n"a.png\n', b"path\n\xe9.png\n"])
+def test_a_table_that_can_not_be_read_is_one_sentence(store, tmp_path, content):
+    (tmp_path / "list.csv").write_bytes(content)
+    with pytest.raises(DataError, match=r"list\.csv can't be read as a table"):
+        score(store, tmp_path / "list.csv")
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0, -0.1])
+def test_a_rate_that_is_none_is_one_sentence(store, images, rate):
+    with pytest.raises(ConfigError, match="must lie between 0 and 1"):
+        score(store, images, false_alarm_rate=rate)
+
+
+def test_maps_stay_in_their_folder_whatever_a_table_calls_its_images(store, write, tmp_path):
+    write(tmp_path / "in" / "...." / "0.png", 1)
+    write(tmp_path / "outside.png", 2)
+    (tmp_path / "in" / "list.csv").write_text("path\n....//0.png\n../outside.png\n")
+    score(store, tmp_path / "in" / "list.csv", maps=tmp_path / "maps")
+    written = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png.png"))
+    assert written == ["maps/..../0.png.png", "maps/outside.png.png"]
 
 
 def test_nothing_to_score_is_said(tmp_path):

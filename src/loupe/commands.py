@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from loupe.errors import PipelineError
 
-LOCK = Path(".dvc/tmp/loupe.lock")
+LOCK, RUN_LOCK = Path(".dvc/tmp/loupe.lock"), Path(".dvc/tmp/loupe-run.lock")
 # What is freed is used again, in huge pages, where Linux would take it back and clear each page anew: a training step
 # on two cores takes 0.36 s in place of 0.42. In bytes; the first is the most that glibc allows.
 MALLOC = "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1"
@@ -57,6 +57,22 @@ def run_command(command: list[str], timeout_seconds: int, *, alone: bool = True)
         raise PipelineError(f"`{' '.join(command)}` ran longer than pipeline.stage_timeout_seconds ({timeout_seconds})")
     if process.returncode:
         raise PipelineError(reason or f"`{' '.join(command)}` ended with {process.returncode}; its log says why")
+
+
+@contextmanager
+def alone_in_folder() -> Iterator[None]:
+    """Wait until no other run of all stages is at work in the current folder, and keep others waiting."""
+    RUN_LOCK.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(RUN_LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        sys.stderr.write("another run is at work in this folder: waiting for its end\n")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

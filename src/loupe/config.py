@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML, YAMLError
 
 from loupe.errors import ConfigError
 
@@ -308,10 +308,10 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         ConfigError: if the file is missing, is not YAML, or holds an unknown key or an impossible value.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))  # of YAML 1.2, as DVC reads it
     except OSError as error:
         raise ConfigError(f"{path} can't be read ({error.strerror}): run this in the folder that holds it") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     return parse_params(values, str(path))
 

@@ -160,6 +160,11 @@ def _find_trained(task: str) -> _Trained:
     if not (MODELS / task / RUN).exists():
         raise DataError(f"no {task} was trained here: `loupe run` trains what the data allows")
     run_id = find_run(client, MODELS / task / RUN)
+    known = client.get_experiment(client.get_run(run_id).info.experiment_id).name
+    if known != data_set:
+        raise DataError(
+            f"the {task} was trained on {known}, and {LISTING} is of {data_set}: `loupe run` makes up for it"
+        )
     model_uri = json.loads((MODELS / task / RUN).read_text())["model_uri"]
     _check_results(task, client, run_id)
     check_card_files(task)
@@ -227,7 +232,7 @@ def _recall(trained: _Trained, version: str, champion: str | None, question: str
     if champion != version and known.action == ROLLED_BACK:
         reason = f"{known.who} rolled it back ({known.why}), and only `loupe promote --override` undoes that"
         return KEPT, reason, known.figures
-    if champion != version and known.question != question:
+    if champion != version and (known.question != question or (champion is None and known.is_begun)):
         return None
     return known.action, known.why, known.figures
 

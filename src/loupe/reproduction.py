@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock
 from rich.console import Console
+from ruamel.yaml import YAML
 
 from loupe.commands import run_command
 from loupe.data.manifest import compute_data_digest, load_table
@@ -190,7 +190,7 @@ def _object(reason: str, force: bool, tell: Callable[[str], None]) -> None:
 
 def _load_values() -> dict[str, Any]:
     """Those of params.yaml as they stand there: other commits may know other keys."""
-    values: dict[str, Any] = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+    values: dict[str, Any] = YAML(typ="safe").load(Path("params.yaml"))
     return values
 
 

@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
@@ -14,11 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
+from filelock import FileLock
 from PIL import Image
 
 from loupe.data.images import fit_image, open_image
 from loupe.data.manifest import save_table
-from loupe.data.sources import SUFFIXES, TABLE_READERS, list_files, name_source
+from loupe.data.sources import READ, SUFFIXES, TABLE_READERS, list_files, name_source, read_table
 from loupe.errors import ConfigError, DataError, TrackingError
 from loupe.evaluation.pictures import DisplayScale, overlay_heat
 from loupe.stages.entry import save_json
@@ -98,6 +99,12 @@ def score_images(request: Request) -> Scored:
     _check(request)
     root, images = list_source(request.source)
     scorers = load_scorers(request)
+    request.out.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(request.out.with_name(f".{request.out.name}.lock")):  # two would mix their parts
+        return _score(request, root, images, scorers)
+
+
+def _score(request: Request, root: Path, images: pd.DataFrame, scorers: Sequence[Scorer]) -> Scored:
     parts = _open_parts(request, root, images, scorers)
     for number, start in enumerate(range(0, len(images), PART_SIZE)):
         part = parts / f"{number:06d}.parquet"
@@ -129,7 +136,7 @@ def list_source(source: Path) -> tuple[Path, pd.DataFrame]:
         DataError: if there is none.
     """
     if source.is_file() and source.suffix.lower() in TABLE_READERS:
-        table = TABLE_READERS[source.suffix.lower()](source)
+        table = read_table(source)
         if "path" not in table:
             raise DataError(f"{source} has no column `path`, but {', '.join(map(str, table.columns))}")
         table = table.loc[table["path"].notna(), [name for name in ("path", "group") if name in table]]
@@ -141,7 +148,7 @@ def list_source(source: Path) -> tuple[Path, pd.DataFrame]:
         paths = [path for path in files if path.lower().endswith(SUFFIXES)]
         root, images = source, pd.DataFrame({"path": paths}, dtype="str")
     if images.empty:
-        raise DataError(f"{source} names no images: expected files that end in {', '.join(SUFFIXES)}")
+        raise DataError(f"{source} names no images: expected files that end in {', '.join(READ)}")
     return root, images
 
 
@@ -176,12 +183,22 @@ def _open_parts(request: Request, root: Path, images: pd.DataFrame, scorers: Seq
     parts = request.out.with_name(f"{request.out.name}.parts")
     facts = {key: str(value) for key, value in asdict(request).items()}
     facts |= {"versions": ", ".join(scorer.version for scorer in scorers), "root": str(root.resolve())}
-    facts["images"] = hashlib.sha256(images.to_csv(index=False).encode()).hexdigest()
+    stamped = images.assign(stamp=[_stamp(root / path) for path in images["path"]])
+    facts["images"] = hashlib.sha256(stamped.to_csv(index=False).encode()).hexdigest()
     known = parts / "request.json"
     if parts.exists() and not (known.exists() and json.loads(known.read_text(encoding="utf-8")) == facts):
         shutil.rmtree(parts)
     save_json(facts, known)
     return parts
+
+
+def _stamp(path: Path) -> str:
+    """Size and time of change, by which another content under the same name is known; empty where there is none."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def _score_part(request: Request, root: Path, images: pd.DataFrame, scorers: Sequence[Scorer]) -> pd.DataFrame:
@@ -229,7 +246,8 @@ def _save_maps(
             continue
         image = fit_image(open_image(content), scorer.model.geometry)
         picture = Image.fromarray(overlay_heat(image, scorer.map_scale.apply(anomaly_map)))
-        place = folder / f"{path.lstrip('/').replace('../', '')}.png"
+        parts = [part for part in PurePosixPath(path).parts if part not in ("/", "..")]  # nothing outside the folder
+        place = folder.joinpath(*parts[:-1], f"{parts[-1]}.png")
         place.parent.mkdir(parents=True, exist_ok=True)
         unfinished = place.with_suffix(".unfinished")
         picture.save(unfinished, format="PNG")
@@ -241,7 +259,6 @@ def _join(parts: Path, out: Path, versions: tuple[str, ...]) -> Scored:
     files = sorted(parts.glob("*.parquet"))
     schema = pa.unify_schemas([pq.read_schema(file) for file in files], promote_options="permissive")
     num_images, num_unreadable, num_anomalous = 0, 0, None
-    out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_suffix(".unfinished")
     writer = (pyarrow.csv.CSVWriter if out.suffix == ".csv" else pq.ParquetWriter)(unfinished, schema)
     with writer:

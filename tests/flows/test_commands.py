@@ -4,13 +4,14 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from loupe.commands import run_command
+from loupe.commands import alone_in_folder, run_command
 from loupe.errors import PipelineError
 from pipelines.training import list_stages
 
@@ -51,6 +52,24 @@ def test_programs_keep_the_memory_that_they_free_unless_told_otherwise(monkeypat
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=0:glibc.malloc.mmap_threshold=65536")
     (faults_otherwise,) = run_command(["python", "-c", program], 60)
     assert int(faults) < 100 < int(faults_otherwise)
+
+
+def test_a_second_run_in_a_folder_waits_for_the_first_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ended = []
+
+    def run_second():
+        with alone_in_folder():
+            ended.append("second")
+
+    with alone_in_folder():
+        second = threading.Thread(target=run_second)
+        second.start()
+        second.join(1)
+        ended.append("first")
+    second.join(30)
+    assert ended == ["first", "second"]
+    assert "another run is at work in this folder" in capsys.readouterr().err
 
 
 def test_a_failure_carries_the_programs_own_sentence():

@@ -229,6 +229,16 @@ def test_a_run_of_another_store_is_named_with_the_way_out(store):
         find_run(client, folder / "run.json")
 
 
+def test_a_store_under_a_relative_path_is_the_projects_from_its_copies_too(place, monkeypatch):
+    copy = place / ".dvc" / "tmp" / "exps" / "copy"
+    copy.mkdir(parents=True)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mine.db")
+    monkeypatch.chdir(copy)
+    open_store()
+    assert (place / "mine.db").exists()
+    assert not (copy / "mine.db").exists()
+
+
 def test_an_experiment_of_dvc_belongs_to_the_project_it_was_copied_from(tmp_path):
     assert find_root(tmp_path / ".dvc" / "tmp" / "exps" / "one") == tmp_path
     assert find_root(tmp_path) == tmp_path

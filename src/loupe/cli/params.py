@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from ruamel.yaml import YAML
+from ruamel.yaml import YAML, YAMLError
 
 from loupe.config import load_params, parse_params
 from loupe.errors import ConfigError
@@ -16,7 +16,10 @@ def parse_change(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator:
         raise ConfigError(f"--set takes key=value, such as fetch.fraction=1.0; got {text!r}")
-    return key, YAML(typ="safe").load(value)
+    try:
+        return key, YAML(typ="safe").load(value)
+    except YAMLError as error:
+        raise ConfigError(f"--set takes a value in YAML; {value!r} is none ({' '.join(str(error).split())})") from error
 
 
 def change_params(path: Path, changes: dict[str, Any]) -> None:

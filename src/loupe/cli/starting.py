@@ -13,8 +13,10 @@ from typing import Annotated, Any
 import typer
 
 from loupe.cli.params import change_params, parse_change
+from loupe.commands import alone_in_folder
 from loupe.config import load_params
-from loupe.errors import ConfigError, LoupeError
+from loupe.errors import ConfigError, DataError, LoupeError
+from loupe.stages.files import BUILT_IN
 
 PARAMS = Path("params.yaml")
 LOOPBACK = "127.0.0.1"
@@ -28,21 +30,29 @@ def run(
     ] = None,
 ) -> None:
     """Run the main job: every stage that is not up to date, promotion, summary."""
+    load_params(PARAMS)
     changes = dict(parse_change(one) for one in change or [])
     if data is not None:
         changes["ingest.source"] = _check_source(data, changes)
-    change_params(PARAMS, changes)
+    if changes:
+        with alone_in_folder():  # a run that is at work reads the params stage by stage
+            change_params(PARAMS, changes)
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-m", "pipelines.training"], {**os.environ, **_build_settings()})
 
 
 def _check_source(data: str, changes: dict[str, Any]) -> str:
-    """Refuse a folder that can't be ingested before anything is touched."""
-    from loupe.data.sources import list_images  # pandas takes a second
+    """Refuse a folder that can't be ingested, or that DVC can't take, before anything is touched."""
+    from loupe.data.sources import list_files, list_images  # pandas takes a second
 
     layout = changes.get("ingest.layout") or load_params().ingest.layout
     path = Path(data).expanduser()
+    if path == BUILT_IN and not path.exists():
+        return path.as_posix()  # the stage fetch makes it
     list_images(path, layout)
+    lost = [name for name in list_files(path)[0] if not (path / name).is_file()]
+    if lost:
+        raise DataError(f"{path / lost[0]} is a link to nothing, no regular file, or named in no Unicode: remove it")
     return path.as_posix()
 
 
@@ -64,7 +74,7 @@ def ui(
     """Open MLflow's and Prefect's pages over what was run, on loopback, until interrupted."""
     if mlflow_port == prefect_port:
         raise ConfigError(f"--mlflow-port and --prefect-port must differ; both are {mlflow_port}")
-    store = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    store = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     commands = {
         mlflow_port: ["mlflow", "server", "--backend-store-uri", store, "--workers", "1"],
         prefect_port: ["prefect", "server", "start"],

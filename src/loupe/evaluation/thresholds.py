@@ -123,8 +123,10 @@ def check_false_alarm_rate(false_alarm_rate: float, num_calibration: int) -> Non
     """Refuse a rate that was asked for and can't be promised.
 
     Raises:
-        ConfigError: if there are too few calibration images; says how many it takes.
+        ConfigError: if it is no rate, or there are too few calibration images; says how many it takes.
     """
+    if not 0 < false_alarm_rate < 1:
+        raise ConfigError(f"a false_alarm_rate must lie between 0 and 1, got {false_alarm_rate:g}")
     if not is_supported(false_alarm_rate, num_calibration):
         needed = math.ceil(1 / (_to_fraction(false_alarm_rate) or Fraction(false_alarm_rate))) - 1
         raise ConfigError(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from loupe.config import Params
-from loupe.stages.entry import run_stage
+from loupe.stages.entry import end_with_parent, run_stage
 from loupe.stages.skipping import find_reason, skip
 
 OF_IMAGES = ("fetch", "ingest", "validate", "split", "prepare", "augment")
@@ -17,6 +17,7 @@ def main() -> None:
     """Run the stage of that name, or skip it before its imports, which take seconds."""
     parser = argparse.ArgumentParser(prog="python -m loupe.stages", description=__doc__)
     parser.add_argument("stage", choices=OF_IMAGES + OF_TASKS)
+    end_with_parent()
     run_stage(_find_stage(parser.parse_args().stage))
 
 

@@ -31,7 +31,6 @@ def run_stage(stage: Callable[[Params], None]) -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="mlflow")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    _end_with_parent()
     try:
         stage(load_params())
     except LoupeError as error:
@@ -41,7 +40,7 @@ def run_stage(stage: Callable[[Params], None]) -> None:
         sys.exit(f"error: {error}")
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A stage whose parent was killed would go on computing for nobody."""
     parent = os.getppid()
 

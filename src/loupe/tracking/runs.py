@@ -53,14 +53,21 @@ def connect(experiment: str) -> MlflowClient:
 def open_store() -> MlflowClient:
     """Point MLflow at the store of this project, and migrate it if nobody has.
 
-    It is what MLFLOW_TRACKING_URI names, otherwise mlflow.db beside params.yaml. Migration is under a lock, because two
-    processes that make the tables of one SQLite file at once both fail.
+    It is what MLFLOW_TRACKING_URI names (a relative path from the project's folder), otherwise mlflow.db there.
+    Migration is under a lock, because two processes that make the tables of one SQLite file at once both fail.
     """
-    mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or _name_own_store())
+    mlflow.set_tracking_uri(_anchor(os.environ.get("MLFLOW_TRACKING_URI") or _name_own_store()))
     with FileLock(find_root() / ".mlflow.lock"):
         client = MlflowClient()
         client.search_experiments(max_results=1)
     return client
+
+
+def _anchor(store: str) -> str:
+    """Of a SQLite file under a relative path the whole: experiments and retrainings run in other folders."""
+    scheme, separator, path = store.partition(":///")
+    is_relative = scheme == "sqlite" and not Path(path).is_absolute()
+    return f"{scheme}{separator}{find_root() / path}" if is_relative else store
 
 
 def _name_own_store() -> str:
