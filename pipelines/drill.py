@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping
 from contextlib import chdir
 from pathlib import Path
@@ -21,7 +20,8 @@ from rich.console import Console
 from ruamel.yaml import YAML
 
 from loupe.commands import run_command
-from loupe.errors import LoupeError, PipelineError
+from loupe.errors import PipelineError
+from loupe.stages.entry import ending_in_a_sentence
 from loupe.stages.files import PROMOTION
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,12 +54,9 @@ def main() -> None:
     for variable in [name for name in os.environ if name.startswith(("MLFLOW_", "DVC_"))]:
         del os.environ[variable]  # nothing of the user's own store is touched
     os.environ |= {"DVC_NO_ANALYTICS": "1", "COLUMNS": str(shutil.get_terminal_size((120, 24)).columns)}
-    try:
-        with TemporaryDirectory(prefix="loupe-drill-") as folder, chdir(folder):
-            build_project()
-            drill()
-    except LoupeError as error:
-        sys.exit(f"error: {error}")
+    with ending_in_a_sentence(), TemporaryDirectory(prefix="loupe-drill-") as folder, chdir(folder):
+        build_project()
+        drill()
 
 
 def drill() -> None:

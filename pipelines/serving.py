@@ -30,7 +30,8 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Crashed
 from prefect.workers.process import ProcessWorker
 
-from loupe.errors import LoupeError, PipelineError
+from loupe.errors import PipelineError
+from loupe.stages.entry import ending_in_a_sentence
 
 LOOPBACK = "127.0.0.1"
 DEPLOYMENTS = Path("prefect.yaml")
@@ -162,12 +163,8 @@ def main() -> None:
     arguments = parser.parse_args()
     for ending in (signal.SIGINT, signal.SIGTERM):  # a script's background job would ignore the former
         signal.signal(ending, signal.default_int_handler)
-    try:
+    with ending_in_a_sentence(), contextlib.suppress(KeyboardInterrupt):
         serve(arguments.port, arguments.cron)
-    except KeyboardInterrupt:
-        return
-    except LoupeError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The main job as a Prefect flow: every stage of dvc.yaml in its order, then promotion, then the summary."""
 
-import sys
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,8 +13,8 @@ from prefect.states import Completed, Failed, State
 
 from loupe.commands import alone_in_folder, run_command
 from loupe.config import load_params
-from loupe.errors import LoupeError, PipelineError
-from loupe.stages.entry import save_json
+from loupe.errors import PipelineError
+from loupe.stages.entry import ending_in_a_sentence, save_json
 from loupe.stages.files import REPORTS
 from loupe.summary import format_markdown, print_summary, write_summary
 
@@ -127,14 +126,11 @@ def list_stages() -> list[str]:
 
 def main() -> None:
     """Run the flow, and end with the table or with the sentence that says what failed."""
-    try:
-        with alone_in_folder():
-            state = train(return_state=True)
-            if not state.is_completed():
-                raise _get_reason(state)
-            print_summary(write_summary())
-    except LoupeError as error:
-        sys.exit(f"error: {error}")
+    with ending_in_a_sentence(), alone_in_folder():
+        state = train(return_state=True)
+        if not state.is_completed():
+            raise _get_reason(state)
+        print_summary(write_summary())
 
 
 if __name__ == "__main__":

@@ -93,6 +93,13 @@ def test_a_value_that_is_no_yaml_is_one_sentence(params, tmp_path):
     assert answer.stderr.count("\n") == 1
 
 
+def test_a_file_that_the_system_refuses_is_one_sentence(params):
+    params.with_name(".dvc").write_text("in the place of a folder")
+    answer = call_loupe("run", "--set", "fetch.fraction=0.5", folder=params.parent)
+    assert answer.returncode == 1
+    assert answer.stderr == "error: .dvc/tmp: Not a directory\n"
+
+
 def test_a_folder_without_params_is_told_where_to_go(tmp_path):
     answer = call_loupe("run", folder=tmp_path)
     assert answer.returncode == 1

@@ -228,7 +228,11 @@ def test_the_reference_has_the_groups_that_its_data_set_gives(project, params, p
     [
         (lambda table: table.drop(columns="embedding"), r"has no column embedding: `loupe score IMAGES --embeddings"),
         (lambda table: table[["anomaly_score"]], "has no column path or embedding"),
-        (lambda table: table.assign(embedding=None), "holds no embedding: none of its 30 images could be read"),
+        (lambda table: table.assign(embedding=None), "holds no embedding: `loupe score IMAGES --embeddings"),
+        (
+            lambda table: table.drop(columns="embedding").assign(problem="it is empty"),
+            "none of the 30 images of .* could be read: it is empty",
+        ),
         (
             lambda table: table.assign(embedding=[[1.0, 2.0]] * 30),
             "have 2 values, and those of pets-detector/1 have 5: score the images by that model",
@@ -252,6 +256,12 @@ def test_what_is_no_table_is_one_sentence(project, params):
         check_drift(params, project / "nothing.parquet", "champion", None)
     with pytest.raises(DataError, match=r"params\.yaml is no Parquet table"):
         check_drift(params, project / "params.yaml", "champion", None)
+
+
+def test_a_folder_without_a_readable_image_is_one_sentence(params, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"none of the 1 images of .* could be read: .* it is empty"):
+        check_drift(params, tmp_path, "pets-classifier@champion", None)
 
 
 def test_a_model_that_does_not_exist_or_is_too_old_is_one_sentence(params, put):

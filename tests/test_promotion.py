@@ -84,16 +84,18 @@ class Project:
         self.save(f"models/{task}/run.json", {"run_id": run_id, "model_uri": model_uri})
 
     def evaluate(self, task):
-        self.report(task, task, {f"{task}/test/num_images": len(LABELS)})
+        self.report(task, task, f"reports/{task}", {f"{task}/test/num_images": len(LABELS)})
 
     def export(self, task, exported):
-        self.report(task, f"{task}_export", {f"{task}/export/{name}": value for name, value in exported.items()})
+        figures = {f"{task}/export/{name}": value for name, value in exported.items()}
+        self.report(task, f"{task}_export", f"models/exported/{task}", figures)
 
-    def report(self, task, name, figures):
+    def report(self, task, name, folder, figures):
         """Figures as a stage leaves them, in its file and in the model's run."""
         self.save(f"reports/metrics/{name}.json", figures)
-        run_id = json.loads((self.folder / f"models/{task}/run.json").read_text())["run_id"]
-        log_results(self.client, run_id, metrics=figures)
+        run = json.loads((self.folder / f"models/{task}/run.json").read_text())
+        self.save(f"{folder}/run.json", run)
+        log_results(self.client, run["run_id"], metrics=figures)
 
     def save(self, name, values):
         (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -244,6 +246,9 @@ def test_what_was_trained_and_not_tested_or_exported_is_refused_before_anything_
         refuse_all(project, f"the classifier was trained and not {done} since, as reports/metrics/{name}.json")
         path.write_text(content)
     project.log("classifier", project.folder / "models/classifier")  # trained anew, and the old figures are there
+    figures = json.loads((metrics / "classifier.json").read_text())
+    run_id = json.loads((project.folder / "models/classifier/run.json").read_text())["run_id"]
+    log_results(project.client, run_id, metrics=figures)  # once tested, and then the other's were brought back
     refuse_all(project, "the classifier was trained and not tested since")
     project.evaluate("classifier")
     refuse_all(project, "the classifier was trained and not exported since")

@@ -183,6 +183,7 @@ def test_embeddings_and_maps_are_written_where_they_are_asked_for(store, images)
         ({"out": "scores.txt"}, ConfigError, "must end in .parquet or .csv"),
         ({"out": "scores.csv", "embeddings": True}, ConfigError, "CSV has no place for"),
         ({"threshold": 1.0, "false_alarm_rate": 0.1}, ConfigError, "give one of them"),
+        ({"threshold": float("nan")}, ConfigError, "nan is none"),
         ({"model": "winner"}, TrackingError, "no model pets-classifier@winner or pets-detector@winner"),
         ({"model": "pets-detector/77"}, TrackingError, "no model pets-detector/77"),
         ({"model": "pets-classifier/1", "maps": Path("maps")}, ConfigError, "heat maps are a detector's"),

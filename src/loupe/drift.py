@@ -65,19 +65,25 @@ def _load_recent(source: Path, model: str, images: Path | None) -> tuple[pd.Data
     """The table of the recent images, and where its paths start."""
     if source.is_dir():
         score_images(Request(source, model, SCORES, embeddings=True))
-        return pd.read_parquet(SCORES), list_source(source)[0]
+        return _check_table(pd.read_parquet(SCORES), source), list_source(source)[0]
     if not source.exists():
         raise DataError(f"{source} does not exist: name a folder of images, or a table that {COMMAND} wrote")
     try:
         table = pd.read_parquet(source)
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{source} is no Parquet table: {COMMAND} writes one") from error
+    return _check_table(table, source), images or source.parent
+
+
+def _check_table(table: pd.DataFrame, source: Path) -> pd.DataFrame:
+    if "problem" in table and table["problem"].notna().all():
+        raise DataError(f"none of the {len(table):,} images of {source} could be read: {table['problem'].iloc[0]}")
     lacking = [column for column in ("path", "embedding") if column not in table]
     if lacking:
         raise DataError(f"{source} has no column {' or '.join(lacking)}: {COMMAND} writes them")
     if table["embedding"].isna().all():
-        raise DataError(f"{source} holds no embedding: none of its {len(table):,} images could be read")
-    return table, images or source.parent
+        raise DataError(f"{source} holds no embedding: {COMMAND} writes them")
+    return table
 
 
 def _find_model(table: pd.DataFrame, model: str) -> tuple[MlflowClient, ModelVersion]:

@@ -166,22 +166,22 @@ def _find_trained(task: str) -> _Trained:
             f"the {task} was trained on {known}, and {LISTING} is of {data_set}: `loupe run` makes up for it"
         )
     model_uri = json.loads((MODELS / task / RUN).read_text())["model_uri"]
-    _check_results(task, client, run_id)
+    _check_results(task, run_id)
     check_card_files(task)
     return _Trained(task, client, f"{data_set}-{task}", run_id, model_uri)
 
 
-def _check_results(task: str, client: registry.MlflowClient, run_id: str) -> None:
-    """Refuse the figures of another training, which `dvc repro` of some stages alone leaves in place.
-
-    Both stages write the same names to their file and to the run of the model that they looked at.
-    """
-    recorded = client.get_run(run_id).data.metrics
-    for path, done in ((_locate_metrics(task), "tested"), (_locate_metrics(f"{task}_export"), "exported")):
-        figures = json.loads(path.read_text()) if path.exists() else {}
-        if not figures or not figures.keys() <= recorded.keys():
+def _check_results(task: str, run_id: str) -> None:
+    """Refuse the figures of another training, which `dvc repro` of some stages alone leaves in place."""
+    for folder, name, done in (
+        (REPORTS / task, task, "tested"),
+        (MODELS / "exported" / task, f"{task}_export", "exported"),
+    ):
+        known, metrics = folder / RUN, _locate_metrics(name)
+        if not (known.exists() and metrics.exists()) or json.loads(known.read_text())["run_id"] != run_id:
             raise DataError(
-                f"the {task} was trained and not {done} since, as {path} is not of its run: `dvc repro` makes up for it"
+                f"the {task} was trained and not {done} since, as {metrics} is not of its run: "
+                "`dvc repro` makes up for it"
             )
 
 

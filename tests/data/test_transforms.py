@@ -102,6 +102,11 @@ def test_a_transform_that_changes_shape_or_type_is_a_config_error(image, spec):
         augment_image(build_augmentation([spec]), image, (0,))
 
 
+def test_a_transform_that_fails_is_a_config_error(image):
+    with pytest.raises(ConfigError, match=f"the transforms can't be applied to images of {image.shape[0]} x "):
+        augment_image(build_augmentation([{"name": "RandomCrop", "height": 500, "width": 500}]), image, (0,))
+
+
 def test_none_changes_nothing(image):
     np.testing.assert_array_equal(augment_image(build_augmentation([]), image, (0, 1)), image)
 

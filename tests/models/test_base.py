@@ -5,7 +5,8 @@ import torch
 
 from loupe.errors import DataError
 from loupe.models.classifiers import get_data_config
-from loupe.models.detectors.base import detect, fit_detector
+from loupe.models.detectors.base import FeatureDetector, detect, fit_detector
+from loupe.models.detectors.family import build_detector
 from loupe.models.detectors.features import FeatureConfig
 from loupe.models.detectors.padim import Padim
 
@@ -84,3 +85,17 @@ def test_images_are_read_no_more_once_all_features_are_kept(build):
 def test_too_few_images_are_counted_to_the_last_batch(build):
     with pytest.raises(DataError, match="needs at least 10 normal images to be fitted, got 9"):
         fit_detector(build(), Batches(draw(9)), seed=0)
+
+
+@pytest.mark.parametrize("name", ["feature_autoencoder", "padim", "knn_patches", "deep_feature_autoencoder"])
+@pytest.mark.parametrize("size", [(32, 32), (64, 48)])
+def test_maps_smaller_than_what_blurs_them_are_maps_all_the_same(name, size):
+    config = FeatureConfig("vit_tiny_patch16_224", size, size, (0.5,), (0.5,))  # 2 x 2 places, and 4 x 3
+    detector = build_detector(name, config, "none").eval()
+    images = torch.randint(0, 256, (12, 1, *size), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    if isinstance(detector, FeatureDetector):
+        fit_detector(detector, images.split(4), seed=0)
+    scores, maps = detect(detector, images)
+    assert maps.shape == (12, *size)
+    assert scores.isfinite().all()
+    assert maps.isfinite().all()

@@ -97,7 +97,7 @@ def test_figures_are_those_of_the_kept_scores_and_are_recorded_with_pictures_and
         "results/scores.parquet",
         "results/detector.html",
     }
-    assert {path.name for path in (project / "reports/detector").iterdir()} == {*PICTURES, "scores.parquet"}
+    assert {path.name for path in (project / "reports/detector").iterdir()} == {*PICTURES, "run.json", "scores.parquet"}
 
 
 def test_pixels_are_known_of_images_with_masks_and_of_normal_ones(params, project, monkeypatch, caplog):

@@ -448,6 +448,12 @@ def test_an_unknown_optimizer_is_answered_with_the_nearest_names():
         check_optimizer("adanw2")
 
 
+def test_an_optimizer_that_can_make_no_step_here_is_one_sentence():
+    with pytest.raises(ConfigError, match="optimizer: adahessian can't be used here: ") as error:
+        check_optimizer("adahessian")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPU: can't allocate memory")])
 def test_a_batch_that_does_not_fit_is_answered_with_what_to_lower(bright_and_dark, tmp_path, monkeypatch, error):
     def fail(*_):
@@ -459,7 +465,8 @@ def test_a_batch_that_does_not_fit_is_answered_with_what_to_lower(bright_and_dar
 
 
 def test_checkpoints_bring_back_what_was_put_in(tmp_path):
-    tree = {"epoch": 3, "state": {0: {"step": torch.tensor(2.0), "rates": [0.1, None, True]}}, "empty": {}}
+    tree = {"epoch": 3, "state": {0: {"step": torch.tensor(2.0), "rates": [0.1, None, True], "betas": (0.9, ("x",))}}}
+    tree |= {"empty": {}, "dtype": torch.bfloat16}
     SafetensorsIO().save_checkpoint(tree, tmp_path / "checkpoint.safetensors")
     loaded = SafetensorsIO().load_checkpoint(tmp_path / "checkpoint.safetensors")
     assert loaded == tree

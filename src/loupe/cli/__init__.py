@@ -1,14 +1,10 @@
 """From a folder of images to a promoted classifier and anomaly detector."""
 
-import os
-import sys
-
 import typer
 
 from loupe.cli import making, operating, starting
 from loupe.cli.params import change_params
-from loupe.errors import LoupeError
-from loupe.stages.entry import TRACEBACK_VARIABLE
+from loupe.stages.entry import ending_in_a_sentence
 
 __all__ = ["app", "change_params", "main"]
 
@@ -36,9 +32,5 @@ app.add_typer(bench, name="bench")
 
 def main() -> None:
     """Entry point: an error is one sentence, with its traceback only where LOUPE_TRACEBACK asks for it."""
-    try:
+    with ending_in_a_sentence():
         app()
-    except LoupeError as error:
-        if os.environ.get(TRACEBACK_VARIABLE):
-            raise
-        sys.exit(f"error: {error}")

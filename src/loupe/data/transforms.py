@@ -127,10 +127,9 @@ def augment_image(
     """Augment one image. The same seed gives the same result, in whatever process and order.
 
     Raises:
-        ConfigError: if the transforms change its size or type.
+        ConfigError: if the transforms can't be applied to it, or change its size or type.
     """
-    _seed(augmentation, seed)
-    return _check(augmentation(image=image)["image"], image)
+    return _check(_apply(augmentation, seed, image=image)["image"], image)
 
 
 def augment_versions(
@@ -142,7 +141,7 @@ def augment_versions(
     """A row for each image: the original, then augmented versions of it.
 
     Raises:
-        ConfigError: if the transforms change size or type.
+        ConfigError: if the transforms can't be applied, or change size or type.
     """
     return [
         [image, *(augment_image(augmentation, image, (seed, version, row)) for version in range(num_versions))]
@@ -159,11 +158,20 @@ def augment_pair(
     """What `augment_image` gives for the image, and the mask moved along with it.
 
     Raises:
-        ConfigError: if the transforms change size or type.
+        ConfigError: if the transforms can't be applied, or change size or type.
     """
-    _seed(augmentation, seed)
-    result = augmentation(image=image, mask=mask)
+    result = _apply(augmentation, seed, image=image, mask=mask)
     return _check(result["image"], image), result["mask"]
+
+
+def _apply(augmentation: A.Compose, seed: Sequence[int], **targets: np.ndarray) -> dict[str, np.ndarray]:
+    _seed(augmentation, seed)
+    try:
+        augmented: dict[str, np.ndarray] = augmentation(**targets)
+    except Exception as error:  # there are as many kinds as transforms
+        size, reason = " x ".join(map(str, targets["image"].shape)), " ".join(str(error).split())
+        raise ConfigError(f"augment: the transforms can't be applied to images of {size}: {reason}") from error
+    return augmented
 
 
 def _seed(augmentation: A.Compose, seed: Sequence[int]) -> None:

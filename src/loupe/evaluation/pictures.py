@@ -143,7 +143,7 @@ def draw_heat_maps(shown: Sequence[HeatMap], scale: DisplayScale) -> Figure:
 def find_best_epoch(history: pd.DataFrame) -> int:
     """The row that training kept: a classifier is judged at its best temperature, others by the plain loss."""
     column = "val/calibrated_loss" if "val/calibrated_loss" in history else "val/loss"
-    return int(history[column].to_numpy().argmin())
+    return int(history[column].argmin())  # pandas passes over epochs whose loss is no number
 
 
 def draw_history(history: pd.DataFrame) -> Figure:

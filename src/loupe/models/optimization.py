@@ -11,11 +11,24 @@ from loupe.errors import ConfigError
 
 
 def check_optimizer(name: str) -> None:
-    """Raises ConfigError, with the nearest names, if timm has no such optimizer."""
+    """See that timm has such an optimizer, and that it can make a step here.
+
+    Raises:
+        ConfigError: if it has none, with the nearest names; or if it wants what is not here, such as a CUDA device.
+    """
     known = [str(one) for one in list_optimizers()]
     if name not in known:
         near = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
         raise ConfigError(f"train_classifier.optimizer: timm has no optimizer {name!r}; nearest names: {near}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layer = nn.Linear(2, 1).to(device)
+    try:
+        optimizer = create_optimizer_v2(layer, name, 1e-3, 0.0)
+        layer(torch.ones(1, 2, device=device)).sum().backward()
+        optimizer.step()
+    except Exception as error:  # there are as many kinds as optimizers
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConfigError(f"train_classifier.optimizer: {name} can't be used here: {reason}") from error
 
 
 def build_optimizer(
@@ -34,11 +47,7 @@ def build_optimizer(
         layer_decay: each layer's rate is so many times that of the layer above (Clark et al., ELECTRA,
             arXiv:2003.10555, sec. 3.1); 1 gives all the same.
         epsilon: of optimizers that have one, as Adam does; None leaves timm's.
-
-    Raises:
-        ConfigError: if timm has no such optimizer.
     """
-    check_optimizer(name)
     decay = None if layer_decay == 1 else layer_decay
     optimizer = create_optimizer_v2(backbone, name, learning_rate, weight_decay, layer_decay=decay)
     for group in optimizer.param_groups:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from loupe.data.prepare import Prepared
 from loupe.evaluation.detection import DetectorJudgement, Scored
-from loupe.evaluation.pictures import draw_heat_maps, draw_history, draw_scores
+from loupe.evaluation.pictures import draw_heat_maps, draw_history, draw_scores, find_best_epoch
 from loupe.reporting.charts import Chart, Line, ScoreChart, build_chart, build_score_chart
 from loupe.reporting.page import embed_picture, render_page
 from loupe.stages.detector_explanation import Explanation
@@ -187,7 +187,7 @@ def _chart_history(history: pd.DataFrame | None) -> list[Chart]:
         Line("train", "second", epochs, history["train/loss"].to_numpy(np.float64)),
         Line("val", "first", epochs, losses),
     ]
-    mark = (float(epochs[losses.argmin()]), "best epoch")
+    mark = (float(epochs[find_best_epoch(history)]), "best epoch")
     return [build_chart("loss by epoch", ("epoch", "loss"), lines, whole_x=True, mark=mark)]
 
 

@@ -7,7 +7,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,7 @@ TRACEBACK_VARIABLE = "LOUPE_TRACEBACK"
 
 
 def run_stage(stage: Callable[[Params], None]) -> None:
-    """Run a stage in the current folder, and exit with 1 after one sentence if it can't be done.
-
-    With LOUPE_TRACEBACK=1 in the environment the traceback is shown as well.
-    """
+    """Run a stage in the current folder, and exit with 1 after one sentence if it can't be done."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     for chatty in ("pytorch_lightning", "lightning_fabric", "great_expectations", "mlflow", "alembic", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -31,13 +29,29 @@ def run_stage(stage: Callable[[Params], None]) -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="mlflow")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    try:
+    with ending_in_a_sentence():
         stage(load_params())
-    except LoupeError as error:
+
+
+@contextmanager
+def ending_in_a_sentence() -> Iterator[None]:
+    """Exit with 1 after one sentence where something can't be done, or the system refuses a file.
+
+    With LOUPE_TRACEBACK=1 in the environment the traceback is shown as well.
+    """
+    try:
+        yield
+    except (LoupeError, OSError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
         sys.stdout.flush()
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {_describe(error)}")
+
+
+def _describe(error: LoupeError | OSError) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
 
 
 def end_with_parent() -> None:

@@ -16,9 +16,8 @@ from loupe.models.files import LAST, load_config, load_weights
 from loupe.reporting.page import save_page
 from loupe.stages.classifier_explanation import explain_classifier
 from loupe.stages.classifier_report import Report, describe_training, render_report, save_pictures
-from loupe.stages.entry import save_json
-from loupe.stages.files import HISTORY, MODELS, PREPARED, REPORTS, RUN, load_data_set
-from loupe.tracking.runs import connect, find_run, log_results
+from loupe.stages.files import HISTORY, MODELS, PREPARED, REPORTS, load_data_set
+from loupe.stages.recording import record_results
 
 FOLDER, MODEL = REPORTS / "classifier", MODELS / "classifier"
 METRICS, PAGE = REPORTS / "metrics" / "classifier.json", REPORTS / "classifier.html"
@@ -44,10 +43,8 @@ def evaluate_classifier(params: Params) -> None:
     report = Report(name, labels, facts, history, judgement, explanation)
     pictures = save_pictures(report, FOLDER)
     save_page(render_report(report, pictures), PAGE)
-    save_json(metrics, METRICS)
-    client = connect(name)
     files = [*pictures.values(), FOLDER / "predictions.parquet", PAGE]
-    log_results(client, find_run(client, MODEL / RUN), metrics=metrics, files=files)
+    record_results("classifier", metrics, METRICS, FOLDER, files)
     for metric, value in metrics.items():
         if metric.count("/") == 2:  # those of single labels stand on the page
             log.info("%s %.6g", metric, value)

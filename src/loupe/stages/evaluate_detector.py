@@ -19,9 +19,8 @@ from loupe.models.files import load_config
 from loupe.reporting.page import save_page
 from loupe.stages.detector_explanation import compute_in_batches, explain_detector
 from loupe.stages.detector_report import Report, describe_detector, render_report, save_pictures
-from loupe.stages.entry import save_json
-from loupe.stages.files import CALIBRATION, HISTORY, MODELS, PREPARED, REPORTS, RUN, load_data_set
-from loupe.tracking.runs import connect, find_run, log_results
+from loupe.stages.files import CALIBRATION, HISTORY, MODELS, PREPARED, REPORTS, load_data_set
+from loupe.stages.recording import record_results
 
 FOLDER, MODEL = REPORTS / "detector", MODELS / "detector"
 METRICS, PAGE = REPORTS / "metrics" / "detector.json", REPORTS / "detector.html"
@@ -51,10 +50,8 @@ def evaluate_detector(params: Params) -> None:
     pictures = save_pictures(report, FOLDER)
     save_page(render_report(report), PAGE)
     _save_scores(prepared, rows, test, threshold.value)
-    save_json(metrics, METRICS)
-    client = connect(name)
     files = [*pictures.values(), FOLDER / "scores.parquet", PAGE]
-    log_results(client, find_run(client, MODEL / RUN), metrics=metrics, files=files)
+    record_results("detector", metrics, METRICS, FOLDER, files)
     for metric, value in metrics.items():
         if metric.count("/") == 2:  # those of single kinds stand on the page
             log.info("%s %.6g", metric, value)

@@ -12,9 +12,8 @@ from loupe.data.prepare import Prepared, load_prepared
 from loupe.evaluation.agreement import compare_scores
 from loupe.models import export
 from loupe.models.classifiers import Classifier, load_classifier, predict_probabilities
-from loupe.stages.entry import save_json
-from loupe.stages.files import MODELS, PREPARED, REPORTS, RUN, load_data_set
-from loupe.tracking.runs import connect, find_run, log_results
+from loupe.stages.files import MODELS, PREPARED, REPORTS
+from loupe.stages.recording import record_results
 
 MODEL, FOLDER = MODELS / "classifier", MODELS / "exported" / "classifier"
 METRICS = REPORTS / "metrics" / "classifier_export.json"
@@ -32,12 +31,10 @@ def export_classifier(params: Params) -> None:
     example = torch.from_numpy(next(prepared.read_batches(np.arange(NUM_EXAMPLES), NUM_EXAMPLES)))
     export.export_classifier(classifier, example, path, prepared.geometry.to_json())
     agreement = compare_scores(*_predict_twice(classifier, path, prepared))
-    files = sorted(FOLDER.iterdir())
+    files = sorted(FOLDER.glob(f"{path.name}*"))  # weights of gigabytes lie beside it
     values = {**asdict(agreement), "num_bytes": sum(file.stat().st_size for file in files)}
     metrics = {f"classifier/export/{name}": value for name, value in values.items()}
-    save_json(metrics, METRICS)
-    client = connect(load_data_set().name)
-    log_results(client, find_run(client, MODEL / RUN), metrics=metrics, files=files)
+    record_results("classifier", metrics, METRICS, FOLDER, files)
     log.info("%s, %.1f MB: %s", path, values["num_bytes"] / 1e6, agreement.describe())
     if not agreement.agrees:
         log.warning("the exported classifier disagrees with the trained one, which will not be promoted")

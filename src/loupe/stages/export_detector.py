@@ -15,9 +15,8 @@ from loupe.models import export
 from loupe.models.detectors.base import Detector, detect
 from loupe.models.detectors.family import load_detector
 from loupe.models.files import load_config
-from loupe.stages.entry import save_json
-from loupe.stages.files import MODELS, PREPARED, REPORTS, RUN, load_data_set
-from loupe.tracking.runs import connect, find_run, log_results
+from loupe.stages.files import MODELS, PREPARED, REPORTS
+from loupe.stages.recording import record_results
 
 MODEL, FOLDER = MODELS / "detector", MODELS / "exported" / "detector"
 METRICS = REPORTS / "metrics" / "detector_export.json"
@@ -34,12 +33,10 @@ def export_detector(params: Params) -> None:
     example = torch.from_numpy(next(prepared.read_batches(np.arange(NUM_EXAMPLES), NUM_EXAMPLES)))
     export.export_detector(detector, example, path, prepared.geometry.to_json(), threshold)
     agreement = compare_anomalies(_detect_twice(detector, path, prepared), threshold)
-    files = sorted(FOLDER.iterdir())
+    files = sorted(FOLDER.glob(f"{path.name}*"))  # weights of gigabytes lie beside it
     values = {**asdict(agreement), "num_bytes": sum(file.stat().st_size for file in files)}
     metrics = {f"detector/export/{name}": value for name, value in values.items()}
-    save_json(metrics, METRICS)
-    client = connect(load_data_set().name)
-    log_results(client, find_run(client, MODEL / RUN), metrics=metrics, files=files)
+    record_results("detector", metrics, METRICS, FOLDER, files)
     log.info("%s, %.1f MB: %s", path, values["num_bytes"] / 1e6, agreement.describe())
     if not agreement.agrees:
         log.warning("the exported detector disagrees with the trained one, which will not be promoted")

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -111,6 +111,17 @@ def finish_recording(task: str, run_id: str, history: pd.DataFrame) -> None:
     history.to_csv(folder / HISTORY, index=False)
     model_uri = log_model(folder, _choose_examples(task, load_data_set()))
     save_json({"run_id": run_id, "model_uri": model_uri}, folder / RUN)
+
+
+def record_results(task: str, metrics: Mapping[str, Any], path: Path, folder: Path, files: Sequence[Path]) -> None:
+    """Write the figures of what was trained to `path`, and log them to its run, with files.
+
+    Its run.json is copied to the results' folder, so that they are known to be of this training and no other.
+    """
+    save_json(metrics, path)
+    client = connect(load_data_set().name)
+    log_results(client, find_run(client, MODELS / task / RUN), metrics=metrics, files=files)
+    shutil.copyfile(MODELS / task / RUN, folder / RUN)
 
 
 def _choose_examples(task: str, data_set: DataSet) -> list[Path]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import CheckpointIO
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-TREE, TENSOR, PAIRS = "tree", "__tensor__", "__pairs__"
+TREE, TENSOR, PAIRS, TUPLE, DTYPE = "tree", "__tensor__", "__pairs__", "__tuple__", "__dtype__"
 
 
 class SafetensorsIO(CheckpointIO):
@@ -61,8 +62,9 @@ def _take_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
             return {key: _take_tensors(item, tensors) for key, item in value.items()}
         return {PAIRS: [[key, _take_tensors(item, tensors)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
-        return [_take_tensors(item, tensors) for item in value]
-    return value
+        items = [_take_tensors(item, tensors) for item in value]
+        return {TUPLE: items} if isinstance(value, tuple) else items
+    return {DTYPE: str(value).removeprefix("torch.")} if isinstance(value, torch.dtype) else value
 
 
 def _put_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -72,6 +74,10 @@ def _put_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return value
     if TENSOR in value:
         return tensors[value[TENSOR]]
+    if TUPLE in value:
+        return tuple(_put_tensors(item, tensors) for item in value[TUPLE])
+    if DTYPE in value:
+        return getattr(torch, value[DTYPE])
     if PAIRS in value:
         return {key: _put_tensors(item, tensors) for key, item in value[PAIRS]}
     return {key: _put_tensors(item, tensors) for key, item in value.items()}

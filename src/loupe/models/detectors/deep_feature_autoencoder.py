@@ -11,10 +11,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms.v2.functional import gaussian_blur
 
 from loupe.models.detectors.base import TrainedDetector
-from loupe.models.detectors.features import FeatureConfig, FeatureExtractor, Features, Shape
+from loupe.models.detectors.features import FeatureConfig, FeatureExtractor, Features, Shape, blur_maps
 from loupe.models.weights import build_backbone, build_options
 
 MOST_CHANNELS = 256  # between the levels of the decoder: the levels of large backbones are rebuilt from fewer
@@ -113,10 +112,10 @@ class DeepFeatureAutoencoder(TrainedDetector):
     ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch height width"]]:
         distances = [level[:, None] for level in self.compute_distances(images)]
         levels = [F.interpolate(level, distances[0].shape[2:], mode="bilinear") for level in distances]
-        maps = gaussian_blur(torch.stack(levels).sum(dim=0), [BLUR_KERNEL] * 2, [BLUR_PLACES] * 2)
+        maps = blur_maps(torch.cat(levels, dim=1).sum(dim=1), BLUR_KERNEL, BLUR_PLACES)
         places = maps.flatten(1)
         top = places.topk(max(1, round(TOP_PART * places.shape[1]))).values
-        return top.mean(dim=1), F.interpolate(maps, images.shape[2:], mode="bilinear")[:, 0]
+        return top.mean(dim=1), F.interpolate(maps[:, None], images.shape[2:], mode="bilinear")[:, 0]
 
     def embed(self, images: UInt8[Tensor, "batch channels height width"]) -> Float[Tensor, "batch num_values"]:
         """The code's mean over all places."""

@@ -14,10 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms.v2.functional import gaussian_blur
 
 from loupe.models.detectors.base import Batches, FeatureDetector
-from loupe.models.detectors.features import FeatureConfig, Features, Shape, concatenate_levels
+from loupe.models.detectors.features import FeatureConfig, Features, Shape, blur_maps, concatenate_levels
 
 T = TypeVar("T")
 
@@ -154,7 +153,7 @@ class FeatureAutoencoder(FeatureDetector):
             energy = energy + COARSE_WEIGHT * enlarged
         errors = energy.sqrt()
         top = errors.flatten(1).topk(min(TOP_PLACES, errors[0].numel())).values.mean(dim=1)
-        return top, gaussian_blur(errors[:, None], [BLUR_KERNEL] * 2, [BLUR_PLACES] * 2)[:, 0]
+        return top, blur_maps(errors, BLUR_KERNEL, BLUR_PLACES)
 
 
 def compute_whitening(covariance: Float[Tensor, "channels channels"]) -> Float[Tensor, "channels channels"]:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from loupe.errors import ConfigError
 from loupe.models.input_size import build_shapes, check_input_size
@@ -135,3 +136,15 @@ def concatenate_levels(features: Features) -> Float[Tensor, "batch all_channels 
     """All levels as one, each enlarged to the finest."""
     finest = features[0].shape[2:]
     return torch.cat([F.interpolate(level, finest, mode="bilinear") for level in features], dim=1)
+
+
+def blur_maps(
+    maps: Float[Tensor, "batch rows columns"], kernel: int, deviation: float
+) -> Float[Tensor, "batch rows columns"]:
+    """Each map blurred by a Gaussian, mirrored at its edges; `kernel`, odd, and `deviation` are in places.
+
+    A map too small for the kernel gets the largest that fits.
+    """
+    size = [min(kernel, 2 * places - 1) for places in reversed(maps.shape[1:])]  # width comes first
+    blurred: Tensor = gaussian_blur(maps[:, None], size, [deviation] * 2)
+    return blurred[:, 0]

@@ -9,10 +9,9 @@ from collections.abc import Iterable
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import gaussian_blur
 
 from loupe.models.detectors.base import Batches, FeatureDetector
-from loupe.models.detectors.features import FeatureConfig, Features, concatenate_levels
+from loupe.models.detectors.features import FeatureConfig, Features, blur_maps, concatenate_levels
 
 LEVELS = slice(1, 3)  # strides 8 and 16, as in the paper
 BANK_SIZE = 4096
@@ -53,8 +52,8 @@ class KnnPatches(FeatureDetector):
         closest = self.bank[(squares - 2 * patches @ self.bank.T).argmin(dim=2)]
         nearest = (patches - closest).square().sum(dim=2).sqrt()  # of small distances, the sum above is rounding
         top = nearest.topk(min(TOP_PLACES, nearest.shape[1])).values.mean(dim=1)
-        distances = nearest.unflatten(1, levels.shape[2:])[:, None]
-        return top, gaussian_blur(distances, [BLUR_KERNEL] * 2, [BLUR_PLACES] * 2)[:, 0]
+        distances = nearest.unflatten(1, levels.shape[2:])
+        return top, blur_maps(distances, BLUR_KERNEL, BLUR_PLACES)
 
 
 def draw_patches(

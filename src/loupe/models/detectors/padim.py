@@ -3,10 +3,9 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import gaussian_blur
 
 from loupe.models.detectors.base import Batches, FeatureDetector
-from loupe.models.detectors.features import FeatureConfig, Features, concatenate_levels
+from loupe.models.detectors.features import FeatureConfig, Features, blur_maps, concatenate_levels
 
 # As in the paper: channels drawn at random, and what is added to each variance.
 NUM_CHANNELS, RIDGE = 100, 0.01
@@ -57,5 +56,5 @@ class Padim(FeatureDetector):
     def score_features(self, features: Features) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch rows columns"]]:
         whitened = torch.einsum("pcd,npd->npc", self.whitening, self._select(features) - self.mean)
         distances = whitened.square().sum(dim=2).sqrt().unflatten(1, features[0].shape[2:])
-        maps = gaussian_blur(distances[:, None], [BLUR_KERNEL] * 2, [BLUR_PLACES] * 2)[:, 0]
+        maps = blur_maps(distances, BLUR_KERNEL, BLUR_PLACES)
         return maps.amax(dim=(1, 2)), maps
