@@ -179,6 +179,7 @@ def tabulate() -> Callable[..., pd.DataFrame]:
             width=size[0],
             height=size[1],
             mode=mode,
+            bits=float("nan"),
             phash="0" * 16,
             num_bytes=100,
         )

@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from loupe.data.images import Geometry, fit_image, open_image
+from loupe.data.images import Geometry, read_image
 from loupe.data.manifest import save_table
 from loupe.data.prepare import load_prepared
 from loupe.data.sources import list_images
@@ -116,7 +116,7 @@ def _open_files(source: Path, geometry: Geometry) -> Images:
     shown = np.unique(np.linspace(0, len(paths) - 1, NUM_SHOWN).round().astype(int)).tolist()
 
     def read(positions: Sequence[int]) -> Pixels:
-        pixels = np.stack([fit_image(open_image(paths[position]), geometry) for position in positions])
+        pixels = np.stack([read_image(paths[position], geometry) for position in positions])
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
     return Images(pd.DataFrame({"image": [path.as_posix() for path in paths]}), shown, read)

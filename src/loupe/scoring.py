@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 from PIL import Image
 
-from loupe.data.images import fit_image, open_image
+from loupe.data.images import read_image
 from loupe.data.manifest import save_table
 from loupe.data.sources import READ, SUFFIXES, TABLE_READERS, list_files, name_source, read_table
 from loupe.errors import ConfigError, DataError, TrackingError
@@ -247,7 +247,7 @@ def _save_maps(
     for path, content, anomaly_map in zip(paths, contents, maps, strict=True):
         if not isinstance(anomaly_map, np.ndarray):
             continue
-        image = fit_image(open_image(content), scorer.model.geometry)
+        image = read_image(content, scorer.model.geometry)
         picture = Image.fromarray(overlay_heat(image, scorer.map_scale.apply(anomaly_map)))
         parts = [part for part in PurePosixPath(path).parts if part not in ("/", "..")]  # nothing outside the folder
         place = folder.joinpath(*parts[:-1], f"{parts[-1]}.png")

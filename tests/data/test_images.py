@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loupe.data.images import Geometry, choose_num_threads, fit_image, open_image
+from loupe.data.images import Geometry, choose_num_threads, decode_image, fit_image, open_image
 from loupe.errors import DataError
 
 
@@ -27,6 +27,16 @@ def test_sixteen_bits_keep_their_high_byte(kind):
     image = open_image(encode(Image.fromarray(deep), kind))
     assert image.mode == "L"
     assert np.asarray(image).tolist() == [[0, 0, 1], [0x80, 0xAB, 0xFF]]
+
+
+@pytest.mark.parametrize(
+    ("bits", "expected"), [(None, [0, 64, 255]), (12, [0, 64, 255]), (14, [0, 16, 63]), (10, [0, 255, 255])]
+)
+def test_of_sixteen_bits_as_many_are_looked_at_as_hold_values(bits, expected):
+    deep = encode(Image.fromarray(np.array([[0, 1024, 4095]], np.uint16)), "PNG")
+    assert np.asarray(open_image(deep, bits)).tolist() == [expected]
+    assert decode_image(deep)[2] == 12
+    assert decode_image(encode(Image.new("L", (3, 1)), "PNG"))[2] is None
 
 
 @pytest.mark.parametrize(

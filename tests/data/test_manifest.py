@@ -55,6 +55,25 @@ def test_sides_are_those_of_the_upright_image(tmp_path, draw, read):
     assert (manifest["width"].item(), manifest["height"].item()) == (10, 30)
 
 
+def test_files_of_sixteen_bits_are_measured_in_the_depth_of_the_deepest(tmp_path, read):
+    (tmp_path / "cat").mkdir()
+    ramp = np.tile(np.arange(64, dtype=np.uint16), (64, 1))
+    for name, factor in (("dark", 15), ("light", 60)):  # up to 945, which needs 10 bits, and 3780, which needs 12
+        Image.fromarray(ramp * factor).save(tmp_path / "cat" / f"{name}.png")
+    Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "cat" / "plain.png")
+    manifest, quality, _ = read(tmp_path)
+    assert manifest["bits"].tolist()[:2] == [10, 12]
+    assert np.isnan(manifest["bits"][2])
+    rows = manifest.merge(quality, on="image_id").set_index("path")
+    dark, light = rows.loc["cat/dark.png"], rows.loc["cat/light.png"]
+    for name in ("brightness", "contrast"):
+        assert light[name] == pytest.approx(4 * dark[name], rel=0.02)
+    assert light["brightness"] == pytest.approx((ramp * 60 / 16).mean(), abs=1)
+    assert max(dark["thumbnail"]) == pytest.approx(max(light["thumbnail"]) / 4, abs=1)
+    save_table(manifest, tmp_path / "manifest.parquet", SCHEMA)
+    assert load_table(tmp_path / "manifest.parquet")["bits"].tolist()[:2] == [10, 12]
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA"])
 def test_the_mode_is_kept(tmp_path, write, mode, read):
     write(tmp_path / "cat" / "0.png", 0, mode=mode)

@@ -133,6 +133,8 @@ def test_sizes_name_the_smallest_and_the_largest(describe):
     assert sizes["largest"] == ("30 × 20 px", "0002_c.png")
     assert sizes["width to height"] == ("1.00 to 4.00, median 1.50", "")
     assert sizes["pixel format"] == ("RGB 3", "")
+    deep = describe([("a", "x", None), ("b", "x", None)], mode=["I;16", "L"], bits=[12, None])
+    assert ("pixel format", "I;16 1, L 1", "of 16-bit files, 12 bits hold values") in deep.sizes
 
 
 def test_a_manifest_without_images_is_described_too(describe):

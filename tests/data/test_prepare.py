@@ -94,6 +94,11 @@ def test_grey_modes_need_one_channel(rows_of, mode, channels):
     assert choose_detector_geometry(rows_of(28, 28, mode), PIXELS, None, None).channels == channels
 
 
+@pytest.mark.parametrize(("bits", "expected"), [([None] * 10, 16), ([None] * 8 + [10, 12], 12)])
+def test_the_deepest_file_says_how_many_bits_hold_values(rows_of, bits, expected):
+    assert choose_detector_geometry(rows_of(28, 28, "I;16").assign(bits=bits), PIXELS, None, None).bits == expected
+
+
 def test_one_image_in_colour_asks_for_three_channels(rows_of):
     rows = rows_of(28, 28, "L")
     rows.loc[3, "mode"] = "RGB"

@@ -58,23 +58,38 @@ class Geometry:
     input_width: int
     fit: Fit
     interpolation: str
+    bits: int = 16  # of a 16-bit file, how many of them hold its values: many cameras give 12
 
     def to_json(self) -> dict[str, Any]:
         """Values that `Geometry(**values)` takes."""
         return asdict(self)
 
 
-def open_image(source: Path | bytes) -> Image.Image:
-    """Decode an image whole, upright, with 16-bit depth brought to 8 bits.
+def read_image(source: Path | bytes, geometry: Geometry) -> UInt8[np.ndarray, "height width channels"]:
+    """An image as a model of that geometry takes it.
 
     Raises:
         DataError: if it is not one whole picture in one of FORMATS; says why.
     """
-    return decode_image(source)[0]
+    return fit_image(open_image(source, geometry.bits), geometry)
 
 
-def decode_image(source: Path | bytes, grey: bool = False) -> tuple[Image.Image, str]:
-    """What `open_image` gives, and Pillow's name of the pixel format that the file is written in.
+def open_image(source: Path | bytes, bits: int | None = None) -> Image.Image:
+    """Decode an image whole, upright, with 16-bit depth brought to 8 bits.
+
+    Args:
+        bits: how many of the 16 hold values; None takes as many as this image's need, and 8 at least.
+
+    Raises:
+        DataError: if it is not one whole picture in one of FORMATS; says why.
+    """
+    return _decode(source, lambda image, _: _to_eight_bits(image, bits)[0])
+
+
+def decode_image(source: Path | bytes, grey: bool = False) -> tuple[Image.Image, str, int | None]:
+    """What `open_image` gives, Pillow's name of the file's pixel format, and how many bits its values need of 16.
+
+    The latter is None where the file has not 16.
 
     Args:
         grey: decode to grey values alone. Of a JPEG in colour that is the luminance it holds, for two thirds of the
@@ -84,9 +99,9 @@ def decode_image(source: Path | bytes, grey: bool = False) -> tuple[Image.Image,
         DataError: if it is not one whole picture in one of FORMATS; says why.
     """
 
-    def finish(image: Image.Image, mode: str) -> tuple[Image.Image, str]:
-        upright = _to_eight_bits(image)
-        return upright.convert("L") if grey and upright.mode != "L" else upright, mode
+    def finish(image: Image.Image, mode: str) -> tuple[Image.Image, str, int | None]:
+        upright, bits = _to_eight_bits(image)
+        return upright.convert("L") if grey and upright.mode != "L" else upright, mode, bits
 
     return _decode(source, finish, grey)
 
@@ -99,7 +114,7 @@ def open_mask(path: Path) -> Image.Image:
     """
 
     def finish(image: Image.Image, _: str) -> Image.Image:
-        values = image if image.mode.startswith("I") else _to_eight_bits(image).convert("L")
+        values = image if image.mode.startswith("I") else _to_eight_bits(image)[0].convert("L")
         return Image.fromarray((np.asarray(values) != 0).astype(np.uint8) * 255)
 
     return _decode(path, finish)
@@ -147,17 +162,18 @@ def _turn_upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Pillow clips 16-bit values when it converts them; the high byte is what an eye would see.
+def _to_eight_bits(image: Image.Image, bits: int | None = None) -> tuple[Image.Image, int | None]:
+    """The highest 8 of the bits that hold values, where Pillow would clip; and how many those are, None if not of 16.
 
     A palette with transparency becomes RGBA, the one form of it that converts to others.
     """
     if image.mode == "P" and "transparency" in image.info:
-        return image.convert("RGBA")
+        return image.convert("RGBA"), None
     if not image.mode.startswith("I"):
-        return image
-    values = np.asarray(image)
-    return Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
+        return image, None
+    values = np.clip(np.asarray(image), 0, 65535)
+    bits = bits or max(8, int(values.max()).bit_length())
+    return Image.fromarray(np.minimum(values >> (bits - 8), 255).astype(np.uint8)), bits
 
 
 def fit_image(image: Image.Image, geometry: Geometry) -> UInt8[np.ndarray, "height width channels"]:

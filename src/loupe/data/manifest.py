@@ -34,6 +34,7 @@ SCHEMA = pa.schema(
         ("width", pa.int32()),  # pixels, after EXIF rotation
         ("height", pa.int32()),
         ("mode", pa.string()),  # Pillow's name of the file's pixel format
+        ("bits", pa.int8()),  # how many of 16 its values need, 8 at least; null where the file has not 16
         ("phash", pa.string()),  # 64-bit perceptual hash, hexadecimal
         ("num_bytes", pa.int64()),
     ]
@@ -63,14 +64,14 @@ STAMP = ["path", "num_bytes", "modified_ns"]  # as long as these stay, a file's 
 FACTS_SCHEMA = pa.schema(
     [
         *(("path", pa.string()), ("num_bytes", pa.int64()), ("modified_ns", pa.int64())),
-        *(SCHEMA.field(name) for name in ("image_id", "width", "height", "mode", "phash")),
+        *(SCHEMA.field(name) for name in ("image_id", "width", "height", "mode", "bits", "phash")),
         *(QUALITY_SCHEMA.field(name) for name in ("brightness", "contrast", "sharpness", "thumbnail")),
         ("reason", pa.string()),  # why the file can't be used; null where it can
     ]
 )
-Look = tuple[str, int, int, str, float, float, bytes]
-LOOK = ("image_id", "width", "height", "mode", "contrast", "sharpness", "miniature")
-NO_LOOK: Look = ("", 0, 0, "", 0.0, 0.0, bytes(MINIATURE_SIDE**2))
+Look = tuple[str, int, int, str, int | None, float, float, bytes]
+LOOK = ("image_id", "width", "height", "mode", "bits", "contrast", "sharpness", "miniature")
+NO_LOOK: Look = ("", 0, 0, "", None, 0.0, 0.0, bytes(MINIATURE_SIDE**2))
 CHUNK = 64  # files described together: numpy's and the pool's own costs are then small a file
 
 
@@ -111,11 +112,22 @@ def build_manifest(listing: Listing, facts: pd.DataFrame) -> tuple[pd.DataFrame,
     Returns:
         The manifest (SCHEMA), the quality of each content (QUALITY_SCHEMA) and the quarantine (QUARANTINE_SCHEMA).
     """
-    rows = listing.rows.merge(facts, on="path")
+    rows = _bring_to_one_depth(listing.rows.merge(facts, on="path"))
     usable = rows["reason"].isna()
     manifest = rows.loc[usable, SCHEMA.names].astype({"width": "int32", "height": "int32"}).reset_index(drop=True)
     quality = rows.loc[usable, QUALITY_SCHEMA.names].drop_duplicates("image_id").sort_values("image_id")
     return manifest, quality.reset_index(drop=True), rows.loc[~usable, QUARANTINE_SCHEMA.names].reset_index(drop=True)
+
+
+def _bring_to_one_depth(rows: pd.DataFrame) -> pd.DataFrame:
+    """A 16-bit file was looked at in its own depth, and is used in that of the deepest of all."""
+    factors = (2.0 ** (rows["bits"] - rows["bits"].max())).fillna(1)
+    thumbnails = [
+        thumbnail if factor == 1 else (np.frombuffer(thumbnail, np.uint8) * factor).astype(np.uint8).tobytes()
+        for thumbnail, factor in zip(rows["thumbnail"], factors, strict=True)
+    ]
+    linear = rows[["brightness", "contrast"]].mul(factors, axis=0)
+    return rows.assign(**linear, sharpness=rows["sharpness"] * factors**2, thumbnail=thumbnails)
 
 
 def check_masks(root: Path, manifest: pd.DataFrame) -> pd.DataFrame:
@@ -184,14 +196,14 @@ def _look_at(real_root: str, path: str) -> Look:
     place = Path(real_root, path)
     _check_place(real_root, place)
     content = place.read_bytes()
-    image, mode = decode_image(content, grey=True)
+    image, mode, bits = decode_image(content, grey=True)
     left, top = max(0, image.width - MIDDLE_SIDE) // 2, max(0, image.height - MIDDLE_SIDE) // 2
     middle = image.crop((left, top, min(image.width, left + MIDDLE_SIDE), min(image.height, top + MIDDLE_SIDE)))
     values = np.asarray(middle)
     contrast, sharpness = (cv2.meanStdDev(one)[1][0, 0] for one in (values, cv2.Laplacian(values, cv2.CV_16S)))
     miniature = image.resize((MINIATURE_SIDE, MINIATURE_SIDE), Image.Resampling.BOX, reducing_gap=1.0)
     digest = hashlib.sha256(content).hexdigest()
-    return digest, image.width, image.height, mode, float(contrast), float(sharpness**2), miniature.tobytes()
+    return digest, *image.size, mode, bits, float(contrast), float(sharpness**2), miniature.tobytes()
 
 
 def _check_place(real_root: str, place: Path) -> None:

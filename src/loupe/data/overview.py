@@ -120,13 +120,15 @@ def _describe_sizes(manifest: pd.DataFrame) -> list[tuple[str, str, str]]:
     pixels, aspect = width.astype("int64") * height, width / height
     smallest, largest = (manifest.iloc[int(place)] for place in (pixels.argmin(), pixels.argmax()))
     modes = manifest["mode"].value_counts()
+    bits = manifest["bits"].max()
+    depth = "" if pd.isna(bits) else f"of 16-bit files, {bits:.0f} bits hold values"
     copies, masks = len(manifest) - manifest["image_id"].nunique(), manifest["mask_path"].notna().sum()
     return [
         ("median size", f"{width.median():.0f} × {height.median():.0f} px", ""),
         ("smallest", f"{smallest['width']} × {smallest['height']} px", smallest["path"]),
         ("largest", f"{largest['width']} × {largest['height']} px", largest["path"]),
         ("width to height", f"{aspect.min():.2f} to {aspect.max():.2f}, median {aspect.median():.2f}", ""),
-        ("pixel format", ", ".join(f"{mode} {number:,}" for mode, number in modes.items()), ""),
+        ("pixel format", ", ".join(f"{mode} {number:,}" for mode, number in modes.items()), depth),
         ("on disk", f"{manifest['num_bytes'].sum() / 1e6:,.1f} MB", ""),
         ("copies", f"{copies:,} files have the content of another" if copies else "none", ""),
         ("masks", f"{masks:,} images have one" if masks else "none", ""),

@@ -13,7 +13,7 @@ import pandas as pd
 from jaxtyping import Int64, UInt8
 from numpy.lib.format import open_memmap
 
-from loupe.data.images import GREY_MODES, Fit, Geometry, choose_num_threads, fit_image, open_image, open_mask
+from loupe.data.images import GREY_MODES, Fit, Geometry, choose_num_threads, fit_image, open_mask, read_image
 from loupe.data.manifest import load_table, save_table
 
 IN_MEMORY_BYTES = 1 << 30
@@ -84,7 +84,7 @@ def choose_classifier_geometry(
     """Photos get the backbone's own size and crop; small images twice their side, enlarged only on the device.
 
     Args:
-        rows: manifest rows of the task; width, height and mode are looked at.
+        rows: manifest rows of the task; width, height, mode and bits are looked at.
         input_size: height and width of the network's input; None chooses a square.
         fit: None crops, unless the images are elongated.
         native_size: side the backbone was pretrained at.
@@ -109,7 +109,7 @@ def choose_detector_geometry(rows: pd.DataFrame, canvas: Canvas, input_size: Siz
     """All of the image is kept, as defects may lie at a border, and nearly its shape: the median of the images'.
 
     Args:
-        rows: manifest rows of the images that it is fitted to; width, height and mode are looked at.
+        rows: manifest rows of the images that it is fitted to; width, height, mode and bits are looked at.
         canvas: what the detector's own choice of a size keeps to.
         input_size: height and width of the network's input; None chooses.
         fit: None squashes, which hardly shows where images are shaped alike.
@@ -144,6 +144,7 @@ def _build_geometry(
         input_width=input_size[1],
         fit=fit,
         interpolation=interpolation,
+        bits=16 if rows["bits"].isna().all() else int(rows["bits"].max()),
     )
 
 
@@ -162,7 +163,7 @@ def prepare_images(root: Path, rows: pd.DataFrame, geometry: Geometry, folder: P
         folder / "images.npy",
         list(rows["path"]),
         (geometry.height, geometry.width, geometry.channels),
-        lambda path: fit_image(open_image(root / path), geometry),
+        lambda path: read_image(root / path, geometry),
         num_threads,
     )
     _fill_array(

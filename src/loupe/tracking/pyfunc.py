@@ -15,7 +15,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from torch import Tensor
 
-from loupe.data.images import Geometry, fit_image, open_image
+from loupe.data.images import Geometry, read_image
 from loupe.errors import DataError
 from loupe.evaluation.thresholds import check_false_alarm_rate, compute_threshold
 from loupe.models.classifiers import load_classifier
@@ -102,7 +102,7 @@ class ImageModel(PythonModel):
     def _read(self, content: bytes) -> np.ndarray | str:
         """The prepared image, or why there is none."""
         try:
-            return fit_image(open_image(content), self.geometry)
+            return read_image(content, self.geometry)
         except DataError as error:
             return str(error)
 
