@@ -123,7 +123,8 @@ def fit_closed_form(section: TrainDetector, images: Tensor, seed: int) -> Featur
 def choose_geometry(images: Tensor, input_size: tuple[int, int] | None) -> Geometry:
     """As the prepare stage does for what looks at features."""
     _, channels, height, width = images.shape
-    rows = pd.DataFrame({"width": [width], "height": [height], "mode": ["L" if channels == 1 else "RGB"], "bits": [None]})
+    mode = "L" if channels == 1 else "RGB"
+    rows = pd.DataFrame({"width": [width], "height": [height], "mode": [mode], "bits": [None]})
     return choose_detector_geometry(rows, FEATURES, input_size, None)
 
 
