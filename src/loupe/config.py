@@ -114,8 +114,8 @@ class TrainClassifier(Section):
     recipe: Literal["scratch", "scratch_augmented", "features", "features_augmented", "fine_tuned"]
     backbone: str
     weights: str
-    drop_rate: Fraction
-    drop_path: Fraction
+    drop_rate: Fraction | Auto
+    drop_path: Fraction | Auto
     epochs: PositiveInt | Auto
     patience: PositiveInt
     batch_size: PositiveInt | Auto

@@ -109,6 +109,13 @@ def test_targets_are_positions_in_the_order_of_classes():
     assert list(compute_targets(np.array(["b", "a", "b"]), ["a", "b"])) == [1, 0, 1]
 
 
+@pytest.mark.parametrize(("drop_rate", "expected"), [(None, {0.5}), (0.0, {0.0}), (0.3, {0.3})])
+def test_dropout_is_the_networks_own_where_none_is_set(drop_rate, expected):
+    classifier = build_classifier(config_of("alexnet"), "none", drop_rate=drop_rate)
+    rates = {module.p for module in classifier.modules() if isinstance(module, torch.nn.Dropout)}
+    assert rates | {getattr(classifier.backbone, "drop_rate", drop_rate)} - {None} >= expected
+
+
 def test_a_network_without_residual_branches_can_not_leave_some_out():
-    with pytest.raises(ConfigError, match=r"lenet5 has no residual branches.*drop_path to 0"):
+    with pytest.raises(ConfigError, match=r"lenet5 has no residual branches.*drop_path to auto"):
         build_classifier(config_of("lenet5"), "none", drop_path=0.1)

@@ -323,6 +323,8 @@ def test_once_val_has_judged_all_epochs_are_trained_again_on_its_images_too(brig
 
     alone = build(drop_rate=0.3)
     load_weights(alone, tmp_path / "twice" / "start.safetensors")
+    assert not refitted.training  # what embeds and predicts now does so as what is saved
+    assert not once.training
     train, val = divide(bright_and_dark)
     again = History(alone, tmp_path, lambda epoch, metrics: None, "train/loss")
     train_whole(alone, train.join(val), None, recipe_of(**REFIT), again)

@@ -126,13 +126,13 @@ class Classifier(nn.Module):
 
 
 def build_classifier(
-    config: ClassifierConfig, weights: str, *, drop_rate: float = 0.0, drop_path: float = 0.0
+    config: ClassifierConfig, weights: str, *, drop_rate: float | None = None, drop_path: float | None = None
 ) -> Classifier:
     """A pretrained backbone with a new head of as many outputs as there are labels.
 
     Args:
-        drop_rate: part of the features that training drops before the head.
-        drop_path: part of the residual branches that training leaves out, where the backbone has them.
+        drop_rate: part of the features that training drops before the head; None leaves what timm gives the network.
+        drop_path: part of the residual branches that training leaves out; None likewise.
 
     Raises:
         WeightsError: if the backbone or its weights can't be had.
@@ -141,15 +141,15 @@ def build_classifier(
     """
     check_input_size(config.backbone, *config.size, config.channels)
     options = build_options(config.backbone, config.size, config.channels)
-    options |= {"drop_rate": drop_rate} if drop_rate else {}
-    options |= {"drop_path_rate": drop_path} if drop_path else {}
+    dropped = {"drop_rate": drop_rate, "drop_path_rate": drop_path}
+    options |= {name: part for name, part in dropped.items() if part is not None}
     try:
         backbone = build_backbone(config.backbone, weights, **options)
     except TypeError as error:
         if "drop_path_rate" not in str(error):
             raise
         raise ConfigError(
-            f"{config.backbone} has no residual branches to leave out: set train_classifier.drop_path to 0"
+            f"{config.backbone} has no residual branches to leave out: set train_classifier.drop_path to auto"
         ) from error
     backbone.reset_classifier(len(config.labels))  # type: ignore[operator]
     return Classifier(config, backbone)

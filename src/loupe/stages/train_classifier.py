@@ -67,10 +67,11 @@ def train_classifier(params: Params) -> None:
     seed_everything(params.seed, workers=True, verbose=False)
     prepared, weights = load_prepared(PREPARED / "classifier"), _choose_weights(section)
     config = build_config(section, weights, prepared, tasks.labels)
-    classifier = build_classifier(config, weights, drop_rate=section.drop_rate, drop_path=section.drop_path)
+    dropped = {name: _resolve(getattr(section, name), None) for name in ("drop_rate", "drop_path")}
+    classifier = build_classifier(config, weights, **dropped)
     recipe = choose_recipe(section, prepared)
     facts = {"config": asdict(config), "recipe": asdict(recipe), "weights": weights, "seed": params.seed}
-    facts |= section.model_dump(include={"drop_rate", "drop_path"})
+    facts |= dropped
     with record_training("classifier", params, recipe) as run_id, open_memory("classifier", facts) as memory:
         history = train_network(
             classifier,

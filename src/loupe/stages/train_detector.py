@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -83,8 +85,8 @@ def train_detector(params: Params) -> None:
     check_num_images(detector, len(prepared.rows_of("train")))
     rate = choose_rate(section, len(prepared.rows_of("calibration")))
     recipe = choose_recipe(section, prepared)
-    with record_training("detector", params, recipe) as run_id:
-        fitted = _fit(detector, recipe, prepared, params.seed, section.weights)
+    with record_training("detector", params, recipe) as run_id, _open_memory(detector, recipe, params) as memory:
+        fitted = _fit(detector, recipe, prepared, params.seed, memory)
         extra = {
             "geometry": prepared.geometry.to_json(),
             "best_epoch": fitted.best_epoch,
@@ -156,10 +158,20 @@ def choose_recipe(section: Section, prepared: Prepared) -> Reconstruction | Clos
     return recipe
 
 
+def _open_memory(
+    detector: Detector, recipe: Reconstruction | ClosedForm, params: Params
+) -> AbstractContextManager[Path | None]:
+    """Of a training in epochs, which may be stopped."""
+    if isinstance(recipe, ClosedForm):
+        return nullcontext()
+    facts = {"detector": detector.name, "config": asdict(detector.config), "recipe": asdict(recipe)}
+    return open_memory("detector", {**facts, "seed": params.seed, "weights": params.train_detector.weights})
+
+
 def _fit(
-    detector: Detector, recipe: Reconstruction | ClosedForm, prepared: Prepared, seed: int, weights: str
+    detector: Detector, recipe: Reconstruction | ClosedForm, prepared: Prepared, seed: int, memory: Path | None
 ) -> Fitted:
-    """Leaves the detector fitted, on the GPU where there is one; `weights` are those of its backbone."""
+    """Leaves the detector fitted, on the GPU where there is one; `memory` is where what trains in epochs keeps them."""
     dataset = _build_dataset(prepared, "train", seed)
     detector.to("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(recipe, ClosedForm):
@@ -172,10 +184,8 @@ def _fit(
         fit_detector(inner, images, seed, recipe.feature_bytes)
         return _measure(detector, prepared)
     assert isinstance(detector, TrainedDetector)
-    facts = {"detector": detector.name, "config": asdict(detector.config), "recipe": asdict(recipe), "seed": seed}
-    facts["weights"] = weights
-    with open_memory("detector", facts) as memory:
-        history = train(detector, dataset, _build_dataset(prepared, "val", seed), recipe, memory, log_epoch)
+    assert memory is not None  # _open_memory gives one to all that trains
+    history = train(detector, dataset, _build_dataset(prepared, "val", seed), recipe, memory, log_epoch)
     return Fitted(history.to_table(), history.best_epoch)
 
 

@@ -203,7 +203,7 @@ def train_network(
     folder: Path,
     report: Report,
 ) -> History:
-    """Train by the recipe's steps, and leave the classifier with the weights of its best epoch.
+    """Train by the recipe's steps, and leave the classifier ready to predict, with the weights of its best epoch.
 
     Where `is_refitted`, it has those with which a second training ends.
 
@@ -227,6 +227,7 @@ def train_network(
         refit(classifier, train.join(val), recipe, history)
     else:
         load_weights(classifier, folder / WEIGHTS)
+    classifier.eval()  # Lightning leaves it as it trains
     return history
 
 
