@@ -39,6 +39,12 @@ def test_of_sixteen_bits_as_many_are_looked_at_as_hold_values(bits, expected):
     assert decode_image(encode(Image.new("L", (3, 1)), "PNG"))[2] is None
 
 
+@pytest.mark.parametrize("mode", ["F", "LAB"])
+def test_pixels_without_a_known_black_and_white_are_refused(mode):
+    with pytest.raises(DataError, match=f"its pixels are of the format {mode}; expected grey or colour"):
+        open_image(encode(Image.new(mode, (4, 4)), "TIFF"))
+
+
 @pytest.mark.parametrize(
     ("orientation", "turn"),
     [(1, lambda a: a), (3, lambda a: np.rot90(a, 2)), (6, lambda a: np.rot90(a, -1)), (8, np.rot90)],

@@ -306,6 +306,8 @@ def test_good_masks_have_no_problem(mvtec, read):
         (Image.new("1", (24, 20), 0), "it marks nothing"),
         (Image.new("RGB", (24, 20), 0), "it marks nothing"),
         (Image.new("L", (24, 20), 1), None),
+        (Image.new("RGB", (24, 20), (0, 0, 2)), None),
+        (Image.new("RGBA", (24, 20), (0, 0, 0, 255)), "it marks nothing"),
         (Image.new("1", (24, 20), 1), None),
         (Image.new("I;16", (24, 20), 1), None),
     ],

@@ -8,6 +8,7 @@ from loupe.data.images import Geometry, fit_image, open_image
 from loupe.data.prepare import (
     FEATURES,
     PIXELS,
+    _fit_mask,
     choose_classifier_geometry,
     choose_detector_geometry,
     load_prepared,
@@ -97,6 +98,15 @@ def test_grey_modes_need_one_channel(rows_of, mode, channels):
 @pytest.mark.parametrize(("bits", "expected"), [([None] * 10, 16), ([None] * 8 + [10, 12], 12)])
 def test_the_deepest_file_says_how_many_bits_hold_values(rows_of, bits, expected):
     assert choose_detector_geometry(rows_of(28, 28, "I;16").assign(bits=bits), PIXELS, None, None).bits == expected
+
+
+@pytest.mark.parametrize("side", [200, 500, 1500])
+def test_a_single_marked_pixel_is_kept_however_much_a_mask_shrinks(tmp_path, side):
+    values = np.zeros((side, side), np.uint8)
+    values[side // 3, side // 2] = 255
+    Image.fromarray(values).save(tmp_path / "mask.png")
+    geometry = Geometry(20, 20, 3, 20, 20, 32, 32, "squash", "bilinear")
+    assert 0 < _fit_mask(tmp_path / "mask.png", geometry).sum() <= 9
 
 
 def test_one_image_in_colour_asks_for_three_channels(rows_of):

@@ -81,6 +81,23 @@ def test_a_mask_may_have_the_name_of_its_image(mvtec):
     assert rows.at["test/scratch/0.png", "mask_path"] == "ground_truth/scratch/0.png"
 
 
+@pytest.mark.parametrize("name", ["0_mask.bmp", "0.tif", "0_mask.PNG"])
+def test_a_mask_may_be_of_any_format_that_is_read(mvtec, name):
+    folder = mvtec / "ground_truth" / "scratch"
+    (folder / "0_mask.png").rename(folder / name)
+    rows = list_images(mvtec).rows.set_index("path")
+    assert rows.at["test/scratch/0.png", "mask_path"] == f"ground_truth/scratch/{name}"
+
+
+def test_the_masks_of_images_in_folders_of_a_defect_are_in_such_folders(mvtec, write):
+    for part in ("a", "b"):
+        write(mvtec / "test" / "hole" / part / "0.png", ord(part))
+    write(mvtec / "ground_truth" / "hole" / "a" / "0_mask.png", 7)
+    masks = list_images(mvtec).rows.set_index("path")["mask_path"]
+    assert masks["test/hole/a/0.png"] == "ground_truth/hole/a/0_mask.png"
+    assert masks.isna()["test/hole/b/0.png"]
+
+
 def test_mvtec_without_masks_is_still_mvtec(mvtec):
     shutil.rmtree(mvtec / "ground_truth")
     listing = list_images(mvtec)
@@ -274,6 +291,32 @@ def test_spaces_after_the_commas_of_a_table_do_not_count(class_folders):
     (class_folders / "list.csv").write_text("path, label\ncat/0.png, cow\n")
     rows = list_images(class_folders).rows
     assert rows[["path", "label"]].to_numpy().tolist() == [["cat/0.png", "cow"]]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "path;label\ncat/0.png;a cow, standing\n",
+        "Path\t Label \ncat/0.png\ta cow, standing  \n",
+        '\ufeffpath,label\ncat/0.png,"a cow, standing",\n',
+    ],
+)
+def test_a_table_is_read_as_spreadsheets_write_it(class_folders, content):
+    (class_folders / "list.csv").write_text(content, encoding="utf-8")
+    rows = list_images(class_folders).rows
+    assert rows[["path", "label"]].to_numpy().tolist() == [["cat/0.png", "a cow, standing"]]
+
+
+def test_of_two_tables_the_one_that_has_the_columns_is_taken(class_folders):
+    (class_folders / "list.csv").write_text("path,label\ncat/0.png,cow\n")
+    (class_folders / "notes.csv").write_text("day,rain\n1,2\n")
+    assert list_images(class_folders).rows["label"].tolist() == ["cow"]
+
+
+def test_two_columns_of_one_name_are_refused(class_folders):
+    (class_folders / "list.csv").write_text("path,label,Label\ncat/0.png,cow,calf\n")
+    with pytest.raises(DataError, match="more than one column 'label'"):
+        list_images(class_folders, "table")
 
 
 @pytest.mark.parametrize("content", ["", "a,b\n1,2,3,4\n", "\x00\x01"])

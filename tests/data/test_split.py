@@ -210,6 +210,12 @@ def test_without_an_anomalous_test_image_there_is_no_detector(tabulate, tasks_of
     assert tasks.no_classifier_because is not None
 
 
+def test_without_a_normal_test_image_there_is_no_detector(tabulate, tasks_of):
+    tasks = tasks_of(tabulate(given("good", train=20) + given("hole", test=3)), ["good"])
+    assert tasks.normal_label is None
+    assert tasks.no_detector_because == "no test image is 'good': false alarms could not be counted"
+
+
 def test_a_label_of_test_alone_is_no_class_of_the_classifier(tabulate, tasks_of):
     manifest = tabulate(given("cat", train=20, test=3) + given("dog", train=20, test=3) + given("cow", test=2))
     assert tasks_of(manifest, []).labels == ["cat", "dog"]
@@ -311,6 +317,32 @@ def test_a_cluster_much_larger_than_every_quota_is_trained_on():
 def test_a_label_of_one_very_large_cluster_and_enough_others_is_divided():
     splits = assign_splits(contents_of([0] * 30 + list(range(1, 21))), Fractions(*FRACTIONS), 0)
     assert set(splits["split"]) == {"train", "val", "calibration", "test"}
+
+
+@pytest.mark.parametrize(("num_clusters", "size"), [(4, 20), (5, 20), (6, 20), (5, 2)])
+def test_few_clusters_of_one_size_are_one_each_to_what_is_held_out_and_the_rest_to_train(num_clusters, size):
+    contents = contents_of([number for number in range(num_clusters) for _ in range(size)])
+    rows = contents.merge(assign_splits(contents, Fractions(*FRACTIONS), 0), on="image_id")
+    assert rows.groupby("cluster")["split"].nunique().eq(1).all()
+    clusters = rows.groupby("split")["cluster"].nunique()
+    assert clusters.to_dict() == {"train": num_clusters - 3, "val": 1, "calibration": 1, "test": 1}
+
+
+def test_an_image_without_a_split_joins_what_is_held_out_of_its_cluster():
+    clusters = [*range(40), 0, 1, 2]
+    given_splits = ["test", "val", "train", *[None] * 37, None, None, "test"]
+    contents = contents_of(clusters, given_splits=given_splits)
+    rows = contents.merge(assign_splits(contents, Fractions(*FRACTIONS), 0), on="image_id")
+    split_of = rows.set_index("image_id")["split"][contents["image_id"]].tolist()
+    assert split_of[40:] == ["test", "val", "test"]
+    assert split_of[2] != "test"  # as it is given, so it stays
+
+
+def test_an_image_like_two_that_are_held_out_apart_is_left_out():
+    contents = contents_of([*range(40), 0, 0], given_splits=["test", *[None] * 39, "val", None])
+    splits = assign_splits(contents, Fractions(*FRACTIONS), 0)
+    assert len(splits) == 41
+    assert contents["image_id"].iloc[-1] not in set(splits["image_id"])
 
 
 def test_a_label_of_too_few_clusters_says_how_many_there_are():

@@ -5,7 +5,6 @@ from loupe.data.images import Geometry
 from loupe.data.transforms import (
     POLICIES,
     augment_image,
-    augment_pair,
     augment_versions,
     build_augmentation,
     choose_policy,
@@ -145,17 +144,6 @@ def test_versions_are_a_row_for_each_image_with_the_original_first(image):
     assert [len(row) for row in rows] == [3, 3]
     assert all(row[0] is image for row in rows)
     np.testing.assert_array_equal(rows[1][2], augment_image(augmentation, image, (3, 1, 1)))
-
-
-def test_a_mask_moves_with_its_image():
-    image = np.zeros((64, 64, 3), np.uint8)
-    image[8:24, 40:56] = 255
-    mask = (image[:, :, 0] > 0).astype(np.uint8)
-    turn = {"name": "Rotate", "limit": (90, 90), "p": 1.0}
-    augmentation = build_augmentation([{"name": "HorizontalFlip", "p": 1.0}, turn])
-    moved, moved_mask = augment_pair(augmentation, image, mask, (0, 0, 0))
-    assert not np.array_equal(moved_mask, mask)
-    assert np.array_equal(moved_mask, (moved[:, :, 0] > 127).astype(np.uint8))
 
 
 def test_transforms_of_one_policy_draw_independently():

@@ -212,7 +212,7 @@ def _check_place(real_root: str, place: Path) -> None:
     is_link = place.is_symlink()
     try:
         kind = place.stat().st_mode
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:  # the latter of a null character
         raise DataError("is a link to nothing" if is_link else "does not exist") from error
     if not real.startswith(f"{real_root}{os.sep}"):
         raise DataError("is a link that leaves the folder" if is_link else "is outside of the folder")

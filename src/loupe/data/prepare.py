@@ -12,11 +12,13 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int64, UInt8
 from numpy.lib.format import open_memmap
+from PIL import ImageFilter
 
 from loupe.data.images import GREY_MODES, Fit, Geometry, choose_num_threads, fit_image, open_mask, read_image
 from loupe.data.manifest import load_table, save_table
 
 IN_MEMORY_BYTES = 1 << 30
+MOST_SHRINKAGE = 16  # of a mask at once
 ELONGATED = 1.6  # above this aspect a central crop would lose too much
 CHUNK = 64  # files that a thread decodes at a time
 SMALLEST_INPUT = 64  # a stride of 32 leaves a 2x2 map of it
@@ -209,7 +211,11 @@ def _fill_array(
 def _fit_mask(path: Path, geometry: Geometry) -> UInt8[np.ndarray, "height width"]:
     """1 where any of the mask falls: smoothing would lose defects thinner than a pixel."""
     grey = Geometry(**{**geometry.to_json(), "channels": 1, "interpolation": "bilinear"})
-    return (fit_image(open_mask(path), grey)[:, :, 0] > 0).astype(np.uint8)
+    mask = open_mask(path)
+    shrinkage = max(mask.height / geometry.height, mask.width / geometry.width)
+    if shrinkage > MOST_SHRINKAGE:  # a pixel's part of a place would be rounded to nothing
+        mask = mask.filter(ImageFilter.MaxFilter(2 * int(shrinkage / MOST_SHRINKAGE) + 1))
+    return (fit_image(mask, grey)[:, :, 0] > 0).astype(np.uint8)
 
 
 def load_prepared(folder: Path) -> Prepared:

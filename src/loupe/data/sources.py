@@ -3,9 +3,11 @@
 import os
 import re
 import stat
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -14,12 +16,6 @@ from loupe.errors import DataError
 READ = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".webp", ".tif", ".tiff")
 UNREAD = (".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".pbm", ".pgm", ".ppm")  # to be set aside, and named
 SUFFIXES = READ + UNREAD
-TABLE_READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
-    ".csv": lambda path: pd.read_csv(  # 007 and NA are labels
-        path, dtype=str, keep_default_na=False, na_values=[""], skipinitialspace=True
-    ),
-    ".parquet": pd.read_parquet,
-}
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 SPLIT_FOLDERS |= {"training": "train", "testing": "test"}  # all of them in capitals too
 NORMAL_FOLDER, MASK_FOLDER = "good", "ground_truth"
@@ -32,6 +28,22 @@ LAYOUTS = {
     "table": "one .csv or .parquet file beside the images, with the columns path, label and perhaps split, group, mask",
 }
 COLUMNS = ["path", "label", "group", "given_split", "mask_path"]
+SEPARATORS = ",;\t"  # the one of which the first line has the most
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    """All values are text, 007 and NA too, without the spaces around them."""
+    with path.open(encoding="utf-8-sig") as file:
+        separator = max(SEPARATORS, key=file.readline().count)
+    options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "na_values": [""], "skipinitialspace": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # it would drop what a row has too much
+        table = pd.read_csv(path, sep=separator, index_col=False, **options)
+    stripped: pd.DataFrame = table.apply(lambda column: column.str.strip())
+    return stripped
+
+
+TABLE_READERS: dict[str, Callable[[Path], pd.DataFrame]] = {".csv": _read_csv, ".parquet": pd.read_parquet}
 
 
 @dataclass(frozen=True)
@@ -142,19 +154,24 @@ def _has_columns(path: Path) -> bool:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A CSV or Parquet file as it is; of CSV all values are text.
+    """A CSV or Parquet file; names of columns in small letters, and of CSV all values as text.
 
     Raises:
-        DataError: if it can't be read.
+        DataError: if it can't be read, or two columns have one name.
     """
     try:
-        return TABLE_READERS[path.suffix.lower()](path)
-    except (OSError, ValueError) as error:  # pandas' and pyarrow's own are ValueErrors
+        table = TABLE_READERS[path.suffix.lower()](path)
+    except (OSError, ValueError, pd.errors.ParserWarning) as error:  # pandas' and pyarrow's errors are ValueErrors
         raise DataError(f"{path} can't be read as a table: {' '.join(str(error).split())}") from error
+    table.columns = [str(name).strip().lower() for name in table.columns]
+    if not table.columns.is_unique:
+        raise DataError(f"{path} has more than one column {table.columns[table.columns.duplicated()][0]!r}")
+    return table
 
 
 def _list_table(root: Path, tables: list[str]) -> pd.DataFrame:
-    """Rows of the one table beside the images."""
+    """Rows of the one table beside the images that has the columns; of the one at all, to say what it lacks."""
+    tables = [table for table in tables if _has_columns(root / table)] or tables
     if len(tables) != 1:
         raise DataError(f"{root} must hold one .csv or .parquet table beside its images, got {len(tables)}")
     table = read_table(root / tables[0])
@@ -215,7 +232,7 @@ def _check_mvtec(table: pd.DataFrame, images: list[str]) -> None:
     if alone:
         raise DataError(
             f"masks without their images: {_name_some(alone)}; expected the image of "
-            f"{MASK_FOLDER}/<defect>/<name>_mask.png in test/<defect>/<name>.*"
+            f"{MASK_FOLDER}/<defect>/<name>_mask.* in test/<defect>/<name>.*"
         )
 
 
@@ -225,13 +242,13 @@ def _name_some(paths: Sequence[str] | pd.Series) -> str:
 
 
 def _find_masks(paths: pd.Series, files: set[str]) -> pd.Series:
-    """The mask of test/<defect>/<stem>.* is ground_truth/<defect>/<stem>_mask.png or <stem>.png, where there is one."""
+    """The mask of test/<defect>/<name>.* is ground_truth/<defect>/<name>_mask.* or <name>.*, where there is one."""
+    masks = {mask.rpartition(".")[0]: mask for mask in sorted(files) if mask.startswith(f"{MASK_FOLDER}/")}
 
     def find(path: str) -> str | None:
-        split, defect, *_, name = path.split("/")
-        if split != "test" or defect == NORMAL_FOLDER:
+        split, _, rest = path.rpartition(".")[0].partition("/")
+        if split != "test" or rest.startswith(f"{NORMAL_FOLDER}/"):
             return None
-        stem = f"{MASK_FOLDER}/{defect}/{Path(name).stem}"
-        return next((mask for mask in (f"{stem}_mask.png", f"{stem}.png") if mask in files), None)
+        return masks.get(f"{MASK_FOLDER}/{rest}_mask", masks.get(f"{MASK_FOLDER}/{rest}"))
 
     return paths.map(find).astype("str")

@@ -65,6 +65,7 @@ def assign_splits(
 
     A given split is kept. What is missing is carved from the images that are to be trained on (val and calibration;
     test too, where none is given), stratified by label, in an order that follows from a hash of seed and content.
+    An image without a given split joins what is held out of its cluster.
     What an earlier call assigned stays where it was, and new members of its clusters join it; a new image that would
     tie together clusters of two splits is left out.
 
@@ -83,6 +84,8 @@ def assign_splits(
     carved = {split: fraction for split, fraction in wanted.items() if split not in given}
     held_out = contents["given_split"].isin(set(given) - {"train"})
     splits = contents["given_split"].where(held_out).astype("object")
+    joined = contents["cluster"].map(_find_held_out(contents[held_out])).where(contents["given_split"].isna())
+    splits, held_out = splits.fillna(joined), held_out | joined.notna()
     pool = contents[~held_out]
     settled = _recall(pool, previous, set(carved) | {"train"})
     homes = _find_homes(pool, settled)
@@ -104,12 +107,24 @@ def _recall(pool: pd.DataFrame, previous: pd.DataFrame | None, allowed: set[str]
     return dict(zip(known["image_id"], known["split"], strict=True))
 
 
+def _find_held_out(rows: pd.DataFrame) -> dict[int, str]:
+    """The split of each cluster of these images; LEFT_OUT where they are in two."""
+    found: dict[int, set[str]] = {}
+    for cluster, split in zip(rows["cluster"], rows["given_split"], strict=True):
+        found.setdefault(cluster, set()).add(split)
+    return _agree(found)
+
+
 def _find_homes(pool: pd.DataFrame, settled: dict[str, str]) -> dict[int, str]:
     """The split that new members of a cluster join, for clusters that have settled members."""
     found: dict[int, set[str]] = {}
     for image_id, cluster in zip(pool["image_id"], pool["cluster"], strict=True):
         if image_id in settled:
             found.setdefault(cluster, set()).add(settled[image_id])
+    return _agree(found)
+
+
+def _agree(found: dict[int, set[str]]) -> dict[int, str]:
     return {cluster: next(iter(splits)) if len(splits) == 1 else LEFT_OUT for cluster, splits in found.items()}
 
 
@@ -134,6 +149,7 @@ def _divide(
     for cluster, members in sorted(homeless.items(), key=lambda item: _rank(seed, min(item[1]))):
         chosen[cluster] = _choose_home(len(members), quotas, filled)
         filled[chosen[cluster]] += len(members)
+    _fill_empty(chosen, homeless, fractions, filled)
     _check_all_filled(filled, fractions, label, len(rows), rows["cluster"].nunique(), bool(settled))
     return chosen
 
@@ -143,6 +159,18 @@ def _choose_home(size: int, quotas: dict[str, int], filled: Counter[str]) -> str
     fitting = [split for split, quota in quotas.items() if not filled[split] and size <= 1.5 * quota]
     fitting += [split for split, quota in quotas.items() if filled[split] + size <= quota]
     return fitting[0] if fitting else "train"
+
+
+def _fill_empty(
+    chosen: dict[int, str], homeless: dict[int, list[str]], fractions: dict[str, float], filled: Counter[str]
+) -> None:
+    """Where clusters are so large that a split got none, it gets the smallest that train can spare."""
+    spare = sorted((cluster for cluster in chosen if chosen[cluster] == "train"), key=lambda one: len(homeless[one]))
+    for split in fractions:
+        if not filled[split] and spare and filled["train"] > len(homeless[spare[0]]):
+            cluster = spare.pop(0)
+            chosen[cluster] = split
+            filled.update({split: len(homeless[cluster]), "train": -len(homeless[cluster])})
 
 
 def _check_all_filled(
@@ -206,15 +234,17 @@ def compute_tasks(manifest: pd.DataFrame, splits: pd.DataFrame, normal_labels: S
             f"no image of {lost[0]!r} is left to train on: all that are in train are in val or test as well"
         )
     normal_label = next((label for label in normal_labels if label in labels), None)
-    anomalous = rows["split"].eq("test") & rows["label"].ne(str(normal_label))
+    is_test, is_normal = rows["split"].eq("test"), rows["label"].eq(str(normal_label))
     few = len(labels) < 2
     if not few:
         _check_no_class_is_missing(rows, labels)
     no_detector = None
     if normal_label is None:
         no_detector = f"none of split.normal_labels ({', '.join(normal_labels)}) is among the training classes"
-    elif not anomalous.any():
+    elif not (is_test & ~is_normal).any():
         normal_label, no_detector = None, f"the test images are all {normal_label!r}: none is anomalous"
+    elif not (is_test & is_normal).any():
+        normal_label, no_detector = None, f"no test image is {normal_label!r}: false alarms could not be counted"
     return Tasks(
         labels=[] if few else labels,
         normal_label=normal_label,

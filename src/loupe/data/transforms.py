@@ -149,21 +149,6 @@ def augment_versions(
     ]
 
 
-def augment_pair(
-    augmentation: A.Compose,
-    image: UInt8[np.ndarray, "height width channels"],
-    mask: UInt8[np.ndarray, "height width"],
-    seed: Sequence[int],
-) -> tuple[UInt8[np.ndarray, "height width channels"], UInt8[np.ndarray, "height width"]]:
-    """What `augment_image` gives for the image, and the mask moved along with it.
-
-    Raises:
-        ConfigError: if the transforms can't be applied, or change size or type.
-    """
-    result = _apply(augmentation, seed, image=image, mask=mask)
-    return _check(result["image"], image), result["mask"]
-
-
 def _apply(augmentation: A.Compose, seed: Sequence[int], **targets: np.ndarray) -> dict[str, np.ndarray]:
     _seed(augmentation, seed)
     try:
