@@ -34,5 +34,12 @@ def test_a_move_and_its_end_are_one_row(ends, number, state):
     assert len([row for row in rows if "ada" in row]) == 1
 
 
+def test_what_a_person_wrote_is_shown_as_it_is():
+    assert any(
+        "try [/red] of [bold]5[/bold]" in row
+        for row in show(entry(KEPT, "2", "1", "1", "try [/red] of [bold]5[/bold]"))
+    )
+
+
 def test_an_empty_audit_is_an_empty_table():
     assert show()[0] == "The audit of tiles-detector"

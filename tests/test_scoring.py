@@ -25,7 +25,7 @@ from loupe.models.detectors.family import load_detector
 from loupe.models.export import ExportedModel, export_detector
 from loupe.scoring import Request, list_source, score_images
 from loupe.tracking import registry
-from loupe.tracking.pyfunc import ImageModel
+from loupe.tracking.pyfunc import ImageModel, Options
 from loupe.tracking.runs import connect, start_run
 
 GEOMETRY = Geometry(32, 32, 3, 32, 32, 32, 32, "squash", "bilinear")
@@ -216,6 +216,17 @@ def test_maps_stay_in_their_folder_whatever_a_table_calls_its_images(store, writ
     score(store, tmp_path / "in" / "list.csv", maps=tmp_path / "maps")
     written = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png.png"))
     assert written == ["maps/..../0.png.png", "maps/outside.png.png"]
+
+
+def test_text_is_never_taken_for_the_path_of_a_file(store, images):
+    model = ImageModel()
+    model.load(store / "models/classifier")
+    path = str(images / "a/0.png")
+    answers = model.predict(None, pd.DataFrame({"image": [path, None, (images / "a/0.png").read_bytes()]}))
+    assert answers["problem"].str.startswith("the image is no bytes").tolist()[:2] == [True, True]
+    assert answers["problem"].isna().tolist() == [False, False, True]
+    assert path not in answers["problem"][0]
+    assert len(model.answer([], Options())) == 0
 
 
 def test_nothing_to_score_is_said(tmp_path):

@@ -1,4 +1,4 @@
-from loupe.summary import describe_data, describe_task, format_markdown
+from loupe.summary import describe_data, describe_task, format_markdown, print_summary
 
 SUMMARY = {
     "data/name": "tiles",
@@ -47,6 +47,13 @@ def test_a_figure_with_an_interval_is_followed_by_it():
 
 def test_data_set_is_one_line():
     assert describe_data(SUMMARY) == "tiles: 790 images in the layout mvtec, 2 files set aside"
+
+
+def test_labels_are_printed_as_they_are(capsys):
+    print_summary({**SUMMARY, "data/name": "[/a]", "detector/reason": "its figure of [/red] is low"})
+    told = " ".join(capsys.readouterr().out.split())
+    assert "[/a]: 790" in told
+    assert "[/red]" in told
 
 
 def test_markdown_has_both_kinds():

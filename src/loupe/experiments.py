@@ -18,7 +18,7 @@ from loupe.commands import run_command
 from loupe.config import Params
 from loupe.errors import PipelineError, TrackingError
 from loupe.stages.files import BUILT_IN, HISTORY, LISTING, MODELS, REPORTS, RUN, SKIPPED, DataSet
-from loupe.tracking.runs import connect
+from loupe.tracking.runs import connect, name_store
 
 MLFLOW_PAGE = "http://127.0.0.1:5000"  # where `make ui` opens it
 
@@ -186,7 +186,7 @@ def name_runs(results: Mapping[str, Result], tag: str) -> Comparison:
     lacking = [name for name, result in results.items() if result.run_id not in infos]
     if lacking:
         raise TrackingError(
-            f"{client.tracking_uri} does not hold the runs of {', '.join(lacking)}, whose results DVC's cache has: "
+            f"{name_store()} does not hold the runs of {', '.join(lacking)}, whose results DVC's cache has: "
             "set MLFLOW_TRACKING_URI to the store that does, or change `seed`, so that they are trained anew"
         )
     seconds = {}

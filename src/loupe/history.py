@@ -4,6 +4,7 @@ import logging
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from loupe.errors import ConfigError
@@ -59,7 +60,7 @@ def show_history(name: str | None) -> None:
 
 def build_history(name: str, entries: list[Entry]) -> Table:
     """A row an entry, the latest last; the entry that ended a move stands in the row of the move."""
-    table = Table(title=f"The audit of {name}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=escape(f"The audit of {name}"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("", "when (UTC)", "who", "what", "champion", "data", "why"):
         table.add_column(heading, overflow="fold")
     for number, (entry, end) in enumerate(pair_with_ends(entries), 1):
@@ -70,12 +71,12 @@ def build_history(name: str, entries: list[Entry]) -> Table:
         table.add_row(
             f"{number}–{number + 1}" if is_ended else str(number),
             entry.when.removesuffix("+00:00").replace("T", " "),
-            entry.who,
+            escape(entry.who),
             f"{entry.action}{f' {entry.version}' if entry.version else ''}{state}",
             entry.champion_to or "nobody"
             if entry.champion_from == entry.champion_to
             else f"{entry.champion_from or 'nobody'} → {entry.champion_to or 'nobody'}",
             entry.data[:8],
-            entry.why,
+            escape(entry.why),
         )
     return table

@@ -232,10 +232,11 @@ def _read_all(paths: Sequence[Path]) -> tuple[list[bytes], dict[int, str]]:
     for row, path in enumerate(paths):
         try:
             contents.append(path.read_bytes())
-        except OSError as error:
+        except (OSError, ValueError) as error:  # the latter of a null character
+            reason = error.strerror if isinstance(error, OSError) else error
             contents.append(b"")
-            unread[row] = f"the file can't be read: {error.strerror}"
-            log.warning("%s can't be read: %s", path, error.strerror)
+            unread[row] = f"the file can't be read: {reason}"
+            log.warning("%s can't be read: %s", path, reason)
     return contents, unread
 
 
@@ -262,7 +263,7 @@ def _join(parts: Path, out: Path, versions: tuple[str, ...]) -> Scored:
     files = sorted(parts.glob("*.parquet"))
     schema = pa.unify_schemas([pq.read_schema(file) for file in files], promote_options="permissive")
     num_images, num_unreadable, num_anomalous = 0, 0, None
-    unfinished = out.with_suffix(".unfinished")
+    unfinished = out.with_name(f"{out.name}.unfinished")
     writer = (pyarrow.csv.CSVWriter if out.suffix == ".csv" else pq.ParquetWriter)(unfinished, schema)
     with writer:
         for file in files:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from loupe.data.split import load_tasks
@@ -87,13 +88,13 @@ def describe_data(summary: dict[str, Any]) -> str:
 
 def print_summary(summary: dict[str, Any]) -> None:
     """The table that a person sees last."""
-    table = Table(title=describe_data(summary), caption=WHERE_TO_LOOK, show_lines=True)
+    table = Table(title=escape(describe_data(summary)), caption=WHERE_TO_LOOK, show_lines=True)
     table.add_column("")
     described = [describe_task(summary, task) for task in FIGURES]
     for task in FIGURES:
         table.add_column(task, overflow="fold")
     for subject in dict.fromkeys(subject for one in described for subject in one):
-        table.add_row(subject, *(one.get(subject, "") for one in described))
+        table.add_row(subject, *(escape(one.get(subject, "")) for one in described))
     Console().print(table)
 
 

@@ -80,15 +80,15 @@ class ImageModel(PythonModel):
             answers[column] = answers[column].astype("object").where(answers[column].notna(), None)
         return answers
 
-    def answer(self, contents: Sequence[bytes], options: Options) -> pd.DataFrame:
+    def answer(self, contents: Sequence[object], options: Options) -> pd.DataFrame:
         """The same, with embeddings and maps as arrays of float32."""
         parts = [
             self._answer_batch(contents[start : start + BATCH_SIZE], options)
-            for start in range(0, len(contents), BATCH_SIZE)
+            for start in range(0, len(contents) or 1, BATCH_SIZE)
         ]
         return pd.concat(parts, ignore_index=True)
 
-    def _answer_batch(self, contents: Sequence[bytes], options: Options) -> pd.DataFrame:
+    def _answer_batch(self, contents: Sequence[object], options: Options) -> pd.DataFrame:
         with ThreadPoolExecutor() as pool:  # decoding lets other threads run
             results = list(pool.map(self._read, contents))
         images = [result for result in results if isinstance(result, np.ndarray)]
@@ -99,8 +99,10 @@ class ImageModel(PythonModel):
         answers = {name: pd.Series(values, readable) for name, values in self.predict_batch(batch, options).items()}
         return pd.DataFrame({**answers, "problem": pd.Series(problems, dtype="str")}, index=range(len(contents)))
 
-    def _read(self, content: bytes) -> np.ndarray | str:
-        """The prepared image, or why there is none."""
+    def _read(self, content: object) -> np.ndarray | str:
+        """The prepared image, or why there is none. Text is never taken for the path of a file."""
+        if not isinstance(content, bytes):
+            return "the image is no bytes: expected those of an image file, in JSON in base64"
         try:
             return read_image(content, self.geometry)
         except DataError as error:

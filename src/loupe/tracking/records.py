@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 
 from loupe.config import PIXEL_DETECTORS
 from loupe.errors import TrackingError
-from loupe.tracking.runs import ENVIRONMENT, FAILURE_TAG, PATCH, end_dead_runs
+from loupe.tracking.runs import ENVIRONMENT, FAILURE_TAG, PATCH, end_dead_runs, name_store
 
 TASKS = ("classifier", "detector")
 SHORT = 8  # characters of an id, as it is shown
@@ -115,7 +115,7 @@ def find_record(client: MlflowClient, run_id: str) -> Record:
     known = client.search_runs(list(experiments), f"attributes.run_id LIKE '{run_id}%'")
     runs = [run for run in known if run.data.tags.get(TASK_TAG) in TASKS]
     if not runs:
-        raise TrackingError(f"{mlflow.get_tracking_uri()} holds no training {run_id}: `loupe runs` shows them")
+        raise TrackingError(f"{name_store()} holds no training {run_id}: `loupe runs` shows them")
     if len(runs) > 1:
         names = ", ".join(sorted(run.info.run_id[: len(run_id) + 4] for run in runs)[:5])
         raise TrackingError(f"several runs begin with {run_id}: {names}: give more of its id")

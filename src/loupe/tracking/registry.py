@@ -37,6 +37,7 @@ REQUIREMENTS = (
     "safetensors",
     "timm",
     "torch",
+    "torchmetrics",
     "torchvision",
     "jaxtyping",
     "opencv-python-headless",
@@ -52,7 +53,7 @@ def log_model(folder: Path, examples: Sequence[Path]) -> str:
     """Log a model's folder to the active run as a pyfunc from code.
 
     Args:
-        folder: what `save_classifier` or `save_autoencoder` wrote, with a `geometry` in its config.
+        folder: what `save_classifier` or `save_detector` wrote, with a `geometry` in its config.
         examples: two or more image files; they become the input example.
 
     Returns:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -18,7 +19,6 @@ import mlflow
 import pandas as pd
 import psutil
 from filelock import FileLock
-from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.data.pandas_dataset import from_pandas
 from mlflow.entities import Metric
@@ -68,6 +68,11 @@ def _anchor(store: str) -> str:
     scheme, separator, path = store.partition(":///")
     is_relative = scheme == "sqlite" and not Path(path).is_absolute()
     return f"{scheme}{separator}{find_root() / path}" if is_relative else store
+
+
+def name_store() -> str:
+    """The store that is used, for a person: without the name and password that its address may hold."""
+    return re.sub(r"//[^/@]*@", "//", mlflow.get_tracking_uri())
 
 
 def _name_own_store() -> str:
@@ -174,7 +179,7 @@ def find_run(client: MlflowClient, run_file: Path) -> str:
     except MlflowException as error:
         stage = f"train_{run_file.parent.name}"
         raise TrackingError(
-            f"{run_file} names run {run_id}, which {mlflow.get_tracking_uri()} does not hold: set MLFLOW_TRACKING_URI "
+            f"{run_file} names run {run_id}, which {name_store()} does not hold: set MLFLOW_TRACKING_URI "
             f"to the store that does, or train again with `dvc repro --force {stage}`"
         ) from error
     return run_id
@@ -185,16 +190,13 @@ def log_results(
     run_id: str,
     *,
     metrics: Mapping[str, float] | None = None,
-    figures: Mapping[str, Figure] | None = None,
     files: Sequence[Path] = (),
 ) -> None:
-    """Add figures, pictures and files to a run, which may have finished."""
+    """Add metrics and files to a run, which may have finished."""
     now = int(time.time() * 1000)
     points = [Metric(name, value, now, 0) for name, value in (metrics or {}).items()]
     for start in range(0, len(points), MOST_IN_A_BATCH):
         client.log_batch(run_id, points[start : start + MOST_IN_A_BATCH])
-    for name, figure in (figures or {}).items():
-        client.log_figure(run_id, figure, f"pictures/{name}.png")
     for path in files:
         client.log_artifact(run_id, str(path), ARTIFACT_FOLDERS.get(path.suffix, "results"))
 
