@@ -322,7 +322,7 @@ def test_the_verdict_says_by_which_test_and_how_strongly(params, effect, interva
     }
     verdict = describe_verdict(build_report(params, **comparisons))
     assert verdict.startswith(
-        "The recent images have drifted: their embeddings differ no more than by chance (p = 0.31);"
+        "The recent images have drifted: their embeddings do not differ clearly more than by chance (p = 0.31);"
     )
     assert said in verdict
 

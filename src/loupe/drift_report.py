@@ -116,13 +116,13 @@ def describe_verdict(report: Report) -> str:
 
 def _describe_embeddings(one: Comparison) -> str:
     if not one.is_drifted:
-        return "their embeddings differ no more than by chance"
+        return "their embeddings do not differ clearly more than by chance"
     return f"by their embeddings they differ {one.strength}, and are told apart in {one.effect:.0%} of pairs"
 
 
 def _describe_scores(one: Comparison) -> str:
     if not one.is_drifted:
-        return "their anomaly scores differ no more than by chance"
+        return "their anomaly scores do not differ clearly more than by chance"
     if one.interval.low <= 0.5 <= one.interval.high:
         return "their anomaly scores spread differently, though neither kind scores higher"
     higher, part = ("higher", one.effect) if one.effect > 0.5 else ("lower", 1 - one.effect)

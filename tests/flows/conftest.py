@@ -38,16 +38,21 @@ def project(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def call(project):
-    """Run a program of this environment in the copy."""
+def environment(project):
+    """That of programs which run in the copy."""
     binaries = Path(shutil.which("loupe") or "").parent
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "PREFECT_", "DVC_"))}
-    environment = {
+    return {
         **inherited,
         "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
         "DVC_NO_ANALYTICS": "1",
         "PREFECT_HOME": str(project / ".prefect"),
     }
+
+
+@pytest.fixture(scope="module")
+def call(project, environment):
+    """Run a program of this environment in the copy."""
 
     def run(*command):
         return subprocess.run(

@@ -1,8 +1,11 @@
 """The main job itself, on a tiny real part of Fashion-MNIST: the flow, not a mock of it."""
 
 import json
+import os
 import shutil
+import signal
 import sqlite3
+import subprocess
 
 import numpy as np
 import pandas as pd
@@ -186,3 +189,19 @@ def test_critical_findings_stop_the_run_and_name_the_files(project, summary, cal
     assert "cat/3.png" in sentence
     assert "dog/same.png" in sentence
     assert "Traceback" not in answer.stdout + answer.stderr
+
+
+def test_an_interruption_is_one_sentence_and_leaves_nothing_running(project, summary, environment):
+    command = ["loupe", "run", "--set", "seed=7"]
+    with subprocess.Popen(
+        command, cwd=project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    ) as run:  # fmt: skip
+        assert run.stdout is not None
+        begun = next(line for line in run.stdout if "Running stage" in line)
+        os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+        told = run.stdout.read()  # ends when nobody is left who could write
+    assert run.returncode == 128 + signal.SIGINT, begun + told
+    assert "interrupted: what has ended is kept" in told
+    assert "Traceback" not in told
+    assert (project / "params.yaml").read_text().count("seed: 7") == 1

@@ -20,6 +20,7 @@ from loupe.stages.files import BUILT_IN
 
 PARAMS = Path("params.yaml")
 LOOPBACK = "127.0.0.1"
+FLOW = "from loupe.stages.entry import end_with_parent; end_with_parent(); from pipelines.training import main; main()"
 GRACE_SECONDS = 10  # in which servers end
 
 
@@ -38,7 +39,21 @@ def run(
         with alone_in_folder():  # a run that is at work reads the params stage by stage
             change_params(PARAMS, changes)
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", "pipelines.training"], {**os.environ, **_build_settings()})
+    sys.exit(_follow(FLOW))
+
+
+def _follow(program: str) -> int:
+    """Run a program in a session of its own, and give its exit status.
+
+    An interruption at a terminal is for all that it started: here the program alone is told, and ends what it started.
+    """
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(command, env={**os.environ, **_build_settings()}, start_new_session=True)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup keeps it out
+            signal.signal(number, lambda *_: process.send_signal(signal.SIGINT))
+    status = process.wait()
+    return status if status >= 0 else 128 - status
 
 
 def _check_source(data: str, changes: dict[str, Any]) -> str:

@@ -65,7 +65,11 @@ def describe_training(
             f"{config['best_epoch']}, which has the least loss on val at its best temperature"
             + "; then all epochs were trained again, on the images of val too" * config["refitted"],
         ),
-        ("last epoch", f"right on {last_epoch_accuracy:.1%} of the test images"),
+        (
+            "last epoch",
+            f"right on {last_epoch_accuracy:.1%} of the test images"
+            + ", before all were trained again" * config["refitted"],
+        ),
     ]
     return [fact for fact in facts if fact[1]]
 

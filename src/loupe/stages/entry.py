@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -37,10 +38,16 @@ def run_stage(stage: Callable[[Params], None]) -> None:
 def ending_in_a_sentence() -> Iterator[None]:
     """Exit with 1 after one sentence where something can't be done, or the system refuses a file.
 
+    An interruption is one sentence too, and exits with 130.
+
     With LOUPE_TRACEBACK=1 in the environment the traceback is shown as well.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        sys.stderr.write("interrupted: what has ended is kept, and the same command goes on from there\n")
+        sys.exit(128 + signal.SIGINT)
     except (LoupeError, OSError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
