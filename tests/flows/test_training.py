@@ -175,22 +175,6 @@ def test_a_folder_of_ones_own_is_run_without_the_built_in_set(project, summary, 
     assert not (project / "data/fashion_mnist/images").exists()
 
 
-def test_critical_findings_stop_the_run_and_name_the_files(project, summary, call, tmp_path):
-    for label in ("cat", "dog"):
-        (tmp_path / "pets" / label).mkdir(parents=True)
-        for number in range(10):
-            values = np.random.default_rng((number, ord(label[0]))).integers(0, 255, (40, 48), np.uint8)
-            Image.fromarray(values).save(tmp_path / "pets" / label / f"{number}.png")
-    shutil.copy(tmp_path / "pets/cat/3.png", tmp_path / "pets/dog/same.png")
-    answer = call("loupe", "run", "--data", str(tmp_path / "pets"))
-    assert answer.returncode == 1
-    (sentence,) = [line for line in answer.stderr.splitlines() if line.startswith("error: ")]
-    assert "Every content has one label" in sentence
-    assert "cat/3.png" in sentence
-    assert "dog/same.png" in sentence
-    assert "Traceback" not in answer.stdout + answer.stderr
-
-
 def test_an_interruption_is_one_sentence_and_leaves_nothing_running(project, summary, environment):
     command = ["loupe", "run", "--set", "seed=7"]
     with subprocess.Popen(
@@ -205,3 +189,19 @@ def test_an_interruption_is_one_sentence_and_leaves_nothing_running(project, sum
     assert "interrupted: what has ended is kept" in told
     assert "Traceback" not in told
     assert (project / "params.yaml").read_text().count("seed: 7") == 1
+
+
+def test_critical_findings_stop_the_run_and_name_the_files(project, summary, call, tmp_path):
+    for label in ("cat", "dog"):
+        (tmp_path / "pets" / label).mkdir(parents=True)
+        for number in range(10):
+            values = np.random.default_rng((number, ord(label[0]))).integers(0, 255, (40, 48), np.uint8)
+            Image.fromarray(values).save(tmp_path / "pets" / label / f"{number}.png")
+    shutil.copy(tmp_path / "pets/cat/3.png", tmp_path / "pets/dog/same.png")
+    answer = call("loupe", "run", "--data", str(tmp_path / "pets"))
+    assert answer.returncode == 1
+    (sentence,) = [line for line in answer.stderr.splitlines() if line.startswith("error: ")]
+    assert "Every content has one label" in sentence
+    assert "cat/3.png" in sentence
+    assert "dog/same.png" in sentence
+    assert "Traceback" not in answer.stdout + answer.stderr

@@ -81,7 +81,7 @@ def record_training(client, recipe, picture):
     with start_run(recipe, params, {"task": "classifier"}) as run_id:
         for epoch in range(3):
             log_epoch(epoch, {"train/loss": 1 / (epoch + 1), "val/accuracy": ACCURACIES[recipe] - 0.1 / (epoch + 1)})
-    Image.fromarray(255 * np.eye(2, dtype=np.uint8)).save(picture)
+    Image.new("L", (640, 480)).save(picture)
     log_results(
         client,
         run_id,
