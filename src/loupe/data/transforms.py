@@ -129,7 +129,13 @@ def augment_image(
     Raises:
         ConfigError: if the transforms can't be applied to it, or change its size or type.
     """
-    return _check(_apply(augmentation, seed, image=image)["image"], image)
+    _seed(augmentation, seed)
+    try:
+        augmented = augmentation(image=image)["image"]
+    except Exception as error:  # there are as many kinds as transforms
+        size, reason = " x ".join(map(str, image.shape)), " ".join(str(error).split())
+        raise ConfigError(f"augment: the transforms can't be applied to images of {size}: {reason}") from error
+    return _check(augmented, image)
 
 
 def augment_versions(
@@ -147,16 +153,6 @@ def augment_versions(
         [image, *(augment_image(augmentation, image, (seed, version, row)) for version in range(num_versions))]
         for row, image in enumerate(images)
     ]
-
-
-def _apply(augmentation: A.Compose, seed: Sequence[int], **targets: np.ndarray) -> dict[str, np.ndarray]:
-    _seed(augmentation, seed)
-    try:
-        augmented: dict[str, np.ndarray] = augmentation(**targets)
-    except Exception as error:  # there are as many kinds as transforms
-        size, reason = " x ".join(map(str, targets["image"].shape)), " ".join(str(error).split())
-        raise ConfigError(f"augment: the transforms can't be applied to images of {size}: {reason}") from error
-    return augmented
 
 
 def _seed(augmentation: A.Compose, seed: Sequence[int]) -> None:
