@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from torchvision.transforms import v2
 from loupe.data.loading import PreparedDataset, build_loader
 from loupe.evaluation.calibration import compute_calibrated_loss
 from loupe.models.classifiers import Classifier
+from loupe.models.depthwise import FastDepthwise
 from loupe.models.files import LAST, WEIGHTS, load_weights, save_weights
 from loupe.models.optimization import build_optimizer, freeze_layers
 from loupe.models.preprocess import Preprocess
@@ -133,15 +135,19 @@ class ClassifierTraining(pl.LightningModule):
     def training_step(self, batch: Sequence[Tensor], batch_index: int) -> Tensor:
         images, targets = batch
         inputs, targets = self.mix(self.preprocess(images), targets)
-        loss = F.cross_entropy(
-            self.classifier.backbone(inputs), targets, self.class_weights, label_smoothing=self.recipe.label_smoothing
-        )
+        with self._choose_convolutions():
+            logits = self.classifier.backbone(inputs)
+        loss = F.cross_entropy(logits, targets, self.class_weights, label_smoothing=self.recipe.label_smoothing)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(images))
         if self.recipe.l1:
             loss = loss + self.recipe.l1 * sum(
                 one.abs().sum() for one in self.classifier.parameters() if one.ndim > 1 and one.requires_grad
             )
         return loss
+
+    def _choose_convolutions(self) -> AbstractContextManager[object]:
+        """Those of torch on a GPU, or where they are compiled."""
+        return FastDepthwise() if self.device.type == "cpu" and not self.recipe.compiles else nullcontext()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The optimizer has made a step after as many batches as it accumulates, and after the epoch's last."""
