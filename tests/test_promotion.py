@@ -70,9 +70,11 @@ class Project:
         self.folder, self.params, self.networks, self.client = folder, params, networks, connect(name)
         self.name = f"{name}-classifier"
 
-    def train(self, kind, exported=AGREES):
-        """A new classifier and its run, with what export would have left."""
+    def train(self, kind, exported=AGREES, seen=()):
+        """A new classifier and its run, with what export would have left; `seen` are images it learnt from."""
         folder = self.folder / "models/classifier"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_table(pd.DataFrame({"image_id": seen}, dtype="str"), folder / "seen.parquet")
         save_classifier(self.networks[kind], {"geometry": GEOMETRY.to_json()}, folder)
         self.log("classifier", folder)
         self.evaluate("classifier")
@@ -202,6 +204,33 @@ def test_a_better_classifier_takes_the_champions_place_unless_its_export_disagre
     assert outcome["promotion/difference_low"] > 0
     assert outcome["promotion/num_bytes"] == outcome["promotion/champion_num_bytes"] > 0
     assert outcome["promotion/latency_ms"] > 0
+
+
+def test_images_that_the_champion_learnt_from_are_not_compared(open_project):
+    """As after a change of seed, which divides the images anew."""
+    project = open_project("seen")
+    known = [str(i) for i in range(len(LABELS) - 10)]
+    project.train("always cat", seen=[*known, "another"])
+    project.promote(floor=0.4, worst_floor=0.0)
+    project.train("right")
+    outcome = project.promote(max_latency_growth=100.0)
+    assert outcome["decision"] == "promoted"
+    assert "; on the 10 of 30 test images that the champion did not learn from, 1.0000 is surely" in outcome["reason"]
+    assert (outcome["promotion/num_images"], outcome["promotion/num_compared"]) == (30, 10)
+
+
+def test_a_champion_that_does_not_say_what_it_learnt_from_is_compared_on_all_and_warned_of(open_project, caplog):
+    project = open_project("old")
+    project.train("always cat")
+    (project.folder / "models/classifier/seen.parquet").unlink()
+    project.log("classifier", project.folder / "models/classifier")
+    project.evaluate("classifier")
+    project.export("classifier", AGREES)
+    project.promote(floor=0.4, worst_floor=0.0)
+    project.train("right")
+    caplog.clear()
+    assert project.promote(max_latency_growth=100.0)["promotion/num_compared"] == len(LABELS)
+    assert "does not say what it learnt from" in caplog.text
 
 
 def test_a_worse_classifier_is_kept_out_by_its_worst_class_and_by_the_champion(open_project):

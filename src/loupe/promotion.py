@@ -18,7 +18,7 @@ from loupe.evaluation.agreement import Agreement
 from loupe.evaluation.promotion import Decision, HoldOut, Measured, decide_promotion
 from loupe.model_card import check_card_files
 from loupe.stages.entry import save_json
-from loupe.stages.files import LISTING, MODELS, PREPARED, PROMOTION, REPORTS, RUN, SKIPPED, TASKS, load_data_set
+from loupe.stages.files import LISTING, MODELS, PREPARED, PROMOTION, REPORTS, RUN, SEEN, SKIPPED, TASKS, load_data_set
 from loupe.tracking import champions, registry
 from loupe.tracking.audit import (
     KEPT,
@@ -259,7 +259,7 @@ def _decide(
     files = list(hold_out["file"])
     latencies = registry.measure_latencies(models, files)
     measured = [
-        Measured(_answer(trained.task, model, hold_out), latency, model.num_bytes)
+        Measured(_answer(trained.task, model, hold_out), latency, model.num_bytes, _find_seen(model, hold_out))
         for model, latency in zip(models, latencies, strict=True)
     ]
     normal_label = load_tasks(TASKS).normal_label if trained.task == "detector" else None
@@ -281,6 +281,15 @@ def _answer(task: str, model: LoadedModel, hold_out: pd.DataFrame) -> np.ndarray
     if task == "classifier":
         return (predictions["predicted"] == hold_out["label"]).to_numpy(np.float64)
     return predictions["anomaly_score"].to_numpy(np.float64)
+
+
+def _find_seen(model: LoadedModel, hold_out: pd.DataFrame) -> np.ndarray:
+    """Which of the images had a part in its training: since then, they may have been divided anew."""
+    known = next(model.folder.glob(f"*/{SEEN}"), None)
+    if known is None:
+        log.warning("a model trained by an earlier version does not say what it learnt from: all images are compared")
+        return np.zeros(len(hold_out), bool)
+    return hold_out["image_id"].isin(load_table(known)["image_id"]).to_numpy()
 
 
 def _find_flaw(task: str) -> str | None:

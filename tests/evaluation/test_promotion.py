@@ -108,6 +108,35 @@ def test_more_confidence_asks_for_more_evidence():
     assert decide(answer(74), answer(70), confidence=0.999).choice == "undecided"
 
 
+def with_seen(champion, num_seen):
+    """One that learnt from the first of the images."""
+    return dataclasses.replace(champion, has_seen=np.arange(len(champion.answers)) < num_seen)
+
+
+def test_a_champion_is_not_compared_on_what_it_learnt_from():
+    right_on_all, right_on_what_it_knows = answer(90), answer(60)
+    ours = Measured((np.arange(100) >= 20).astype(np.float64), 10.0, 1_000_000)
+    assert decide(ours, right_on_all).choice == "kept"
+    decision = decide(ours, with_seen(right_on_what_it_knows, 60))
+    assert decision.choice == "promoted"
+    assert decision.reason.startswith(
+        "accuracy 0.8000; on the 40 of 100 test images that the champion did not learn from, 1.0000 is surely above "
+        "its 0.0000: the difference is +1.0000, 95% interval "
+    )
+    assert (decision.figures["num_images"], decision.figures["num_compared"]) == (100, 40)
+
+
+@pytest.mark.parametrize("num_seen", [99, 100])
+def test_a_champion_that_learnt_from_too_much_is_undecided(num_seen):
+    hold_out = HoldOut(np.array(["good", "crack"] * 50), "good")
+    sound = Measured(np.arange(100) % 2 * 1.0, 10.0, 10)
+    decision = decide(sound, with_seen(sound, num_seen), hold_out)
+    assert (decision.choice, decision.reason) == (
+        "undecided",
+        "image_auroc 1.0000 passes the floor, and the champion learnt from too many of the test images to be compared",
+    )
+
+
 def test_the_interval_covers_as_often_as_it_says():
     """With models that are equally good, the promoted share is about half of what the interval leaves out."""
     generator, num_promoted = np.random.default_rng(0), 0

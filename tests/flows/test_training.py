@@ -76,6 +76,14 @@ def test_splits_are_disjoint_and_the_given_test_set_is_kept(project, summary):
     assert set(splits.loc[splits["split"].eq("test"), "image_id"]) == given
 
 
+@pytest.mark.parametrize("task", ["classifier", "detector"])
+def test_a_model_knows_which_images_had_a_part_in_its_training(project, summary, task):
+    index = pd.read_parquet(project / f"data/prepared/{task}/index.parquet")
+    seen = pd.read_parquet(project / f"models/{task}/seen.parquet")["image_id"]
+    assert set(index["split"]) == {"train", "val", "calibration", "test"}
+    assert set(seen) == set(index["image_id"]) - set(index.loc[index["split"].eq("test"), "image_id"])
+
+
 def test_the_threshold_lets_through_most_calibration_scores(project, summary):
     scores = pd.read_parquet(project / "models/detector/calibration_scores.parquet")["anomaly_score"]
     assert (scores > summary["detector/threshold"]).mean() <= 0.05

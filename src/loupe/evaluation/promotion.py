@@ -1,10 +1,10 @@
 """Whether a new model takes the champion's place, and why, in words."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from loupe.config import PromoteTask
 from loupe.evaluation.anomaly import compute_resampled_metrics
@@ -21,6 +21,10 @@ class HoldOut:
     labels: np.ndarray
     normal_label: str | None = None
 
+    def select(self, chosen: Bool[np.ndarray, " num_images"]) -> "HoldOut":
+        """Some of the images."""
+        return replace(self, labels=self.labels[chosen])
+
     @property
     def metric(self) -> str:
         """The main figure, which is to be high."""
@@ -36,12 +40,19 @@ class HoldOut:
 class Measured:
     """What was seen of a model: its answers to the hold-out, its milliseconds an image, and its size.
 
-    `answers` of a classifier are 1 where it is right and 0 where it is not; of a detector, anomaly scores.
+    `answers` of a classifier are 1 where it is right and 0 where it is not; of a detector, anomaly scores. `has_seen`
+    says which of the images had a part in its training, as another division of them allows; None stands for no image.
     """
 
     answers: Float[np.ndarray, " num_images"]
     latency_ms: float
     num_bytes: int
+    has_seen: Bool[np.ndarray, " num_images"] | None = None
+
+    @property
+    def unseen(self) -> Bool[np.ndarray, " num_images"]:
+        """The images that it can be tested on."""
+        return np.ones(len(self.answers), bool) if self.has_seen is None else ~self.has_seen
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,8 @@ def decide_promotion(
 
     A challenger that misses a floor, has a flaw, or is slower or larger than its rules allow is kept. Otherwise it is
     promoted where the whole interval of the difference lies above `rules.margin`, kept where none of it does, and
-    undecided between; the champion stays in both. Without a champion, the floors alone decide.
+    undecided between; the champion stays in both. Without a champion, the floors alone decide. Images that the champion
+    learnt from have no part in the comparison.
 
     Args:
         champion: None where there is no champion.
@@ -86,12 +98,15 @@ def decide_promotion(
         return Decision("kept", f"{said} does not count, as {'; '.join(objections)}", figures)
     if champion is None:
         return Decision("promoted", f"{said} passes the floor of {rules.floor:g}, and there was no champion", figures)
-    if "champion" not in figures:
+    if not np.isfinite(champion.answers).all():
         return Decision("promoted", f"{said} passes the floor, and the champion's answers are no numbers", figures)
+    if "champion" not in figures:
+        reason = f"{said} passes the floor, and the champion learnt from too many of the test images to be compared"
+        return Decision("undecided", reason, figures)
     interval = _compare(hold_out, challenger, champion, rules.confidence, seed)
     figures |= {"difference_low": interval.low, "difference_high": interval.high}
     choice = _choose(interval, rules.margin)
-    return Decision(choice, f"{said} {_explain(choice, figures, rules)}", figures)
+    return Decision(choice, f"{said}{_explain(choice, figures, rules)}", figures)
 
 
 def _choose(interval: Interval, margin: float) -> Choice:
@@ -103,25 +118,35 @@ def _choose(interval: Interval, margin: float) -> Choice:
 def _explain(choice: Choice, figures: dict[str, Any], rules: PromoteTask) -> str:
     verdict = {"promoted": "is surely above", "kept": "is not above", "undecided": "may or may not be above"}[choice]
     by = f" by more than {rules.margin:g}" if rules.margin else ""
+    if figures["num_compared"] == figures["num_images"]:
+        compared = f" {verdict} the champion's {figures['champion']:.4f} on the same images"
+    else:
+        compared = (
+            f"; on the {figures['num_compared']} of {figures['num_images']} test images that the champion did not "
+            f"learn from, {figures['champion'] + figures['difference']:.4f} {verdict} its {figures['champion']:.4f}"
+        )
     return (
-        f"{verdict} the champion's {figures['champion']:.4f} on the same images{by}: the difference is "
-        f"{figures['difference']:+.4f}, {100 * rules.confidence:g}% interval "
+        f"{compared}{by}: the difference is {figures['difference']:+.4f}, {100 * rules.confidence:g}% interval "
         f"{figures['difference_low']:+.4f} to {figures['difference_high']:+.4f}"
     )
 
 
 def _compare(hold_out: HoldOut, challenger: Measured, champion: Measured, confidence: float, seed: int) -> Interval:
     """What the difference of the two figures might be on other images of the same kind."""
+    compared = hold_out.select(champion.unseen)
+    answers = [model.answers[champion.unseen] for model in (challenger, champion)]
 
     def subtract(weights: Weights) -> dict[str, Float[np.ndarray, " num_resamples"]]:
-        ours, theirs = (compute_resampled_metric(hold_out, model.answers, weights) for model in (challenger, champion))
+        ours, theirs = (compute_resampled_metric(compared, values, weights) for values in answers)
         return {"difference": ours - theirs}
 
-    return compute_intervals(subtract, len(hold_out.labels), seed, level=confidence)["difference"]
+    return compute_intervals(subtract, len(compared.labels), seed, level=confidence)["difference"]
 
 
 def compute_metric(hold_out: HoldOut, answers: Float[np.ndarray, " num_images"]) -> float:
-    """Accuracy or image AUROC, in [0, 1]; NaN where an answer is no number, or one kind of image is lacking."""
+    """Accuracy or image AUROC, in [0, 1]; NaN where an answer is no number, or a kind of image is lacking."""
+    if not len(answers):
+        return float("nan")
     return float(compute_resampled_metric(hold_out, answers, np.ones((1, len(answers))))[0])
 
 
@@ -175,7 +200,10 @@ def _check_growth(challenger: Measured, champion: Measured, rules: PromoteTask) 
 
 
 def _list_figures(hold_out: HoldOut, challenger: Measured, champion: Measured | None) -> dict[str, Any]:
-    """`challenger` and `champion` are the main metric; what is not defined is left out."""
+    """`challenger` and `champion` are the main metric, the latter of images that it did not learn from.
+
+    What is not defined is left out.
+    """
     figures: dict[str, Any] = {
         "num_images": len(hold_out.labels),
         "challenger": compute_metric(hold_out, challenger.answers),
@@ -186,7 +214,8 @@ def _list_figures(hold_out: HoldOut, challenger: Measured, champion: Measured | 
     if worst is not None:
         figures |= {"worst_label": worst[0], "worst": worst[1]}
     if champion is not None:
-        other = compute_metric(hold_out, champion.answers)
-        figures |= {"champion": other, "difference": figures["challenger"] - other}
+        unseen = champion.unseen
+        ours, theirs = (compute_metric(hold_out.select(unseen), one.answers[unseen]) for one in (challenger, champion))
+        figures |= {"num_compared": int(unseen.sum()), "champion": theirs, "difference": ours - theirs}
         figures |= {"champion_latency_ms": champion.latency_ms, "champion_num_bytes": champion.num_bytes}
     return {name: value for name, value in figures.items() if value == value}  # NaN alone differs from itself

@@ -28,6 +28,7 @@ PROMOTION = REPORTS / "promotion.json"
 SUMMARY = REPORTS / "summary.json"
 SKIPPED, RUN, HISTORY = "skipped.json", "run.json", "history.csv"
 CALIBRATION, REFERENCE = "calibration_scores.parquet", "reference.parquet"
+SEEN = "seen.parquet"  # of a model: the images that had a part in its training
 POLICY, CONTACT_SHEET = "policy.json", "contact_sheet.png"
 
 

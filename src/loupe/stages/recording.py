@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from loupe.config import Params
-from loupe.data.manifest import compute_data_digest, load_table
+from loupe.data.manifest import compute_data_digest, load_table, save_table
 from loupe.models.files import LAST
 from loupe.stages.entry import save_json
 from loupe.stages.files import (
@@ -26,6 +26,7 @@ from loupe.stages.files import (
     POLICY,
     PREPARED,
     RUN,
+    SEEN,
     SPLITS,
     TRAINING_MEMORY,
     VALIDATION,
@@ -106,8 +107,10 @@ def open_memory(task: str, facts: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def finish_recording(task: str, run_id: str, history: pd.DataFrame) -> None:
-    """Write history.csv, log the model to the active run, and write run.json beside the model."""
+    """Write history.csv and seen.parquet, log the model to the active run, and write run.json beside the model."""
     folder = MODELS / task
+    index = load_table(PREPARED / task / "index.parquet")
+    save_table(index.loc[index["split"].ne("test"), ["image_id"]].reset_index(drop=True), folder / SEEN)
     history.to_csv(folder / HISTORY, index=False)
     model_uri = log_model(folder, _choose_examples(task, load_data_set()))
     save_json({"run_id": run_id, "model_uri": model_uri}, folder / RUN)

@@ -125,10 +125,15 @@ def find_version(client: MlflowClient, name: str, version: str) -> ModelVersion 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A logged model as MLflow loads it; `num_bytes` are those of the folder that its training wrote."""
+    """A logged model as MLflow loads it, and a folder that holds the one that its training wrote."""
 
     pyfunc: PyFuncModel
-    num_bytes: int
+    folder: Path
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all files in the folder."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
     def predict(self, images: Sequence[Path]) -> pd.DataFrame:
         """One row an image file, as `ImageModel` gives them; some hundreds are in memory at a time."""
@@ -142,8 +147,7 @@ class LoadedModel:
 def load_model(model_uri: str) -> LoadedModel:
     """Load a logged model, `models:/<id>`, or a registered one, `models:/<name>/<version>`."""
     folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=model_uri))
-    num_bytes = sum(path.stat().st_size for path in (folder / "artifacts").rglob("*") if path.is_file())
-    return LoadedModel(mlflow.pyfunc.load_model(str(folder)), num_bytes)
+    return LoadedModel(mlflow.pyfunc.load_model(str(folder)), folder / "artifacts")
 
 
 def predict_with(version: ModelVersion, images: Sequence[Path]) -> pd.DataFrame:
