@@ -179,6 +179,19 @@ def test_a_head_may_be_a_convolution(bright_and_dark, tmp_path):
     torch.testing.assert_close(features @ classifier.head.weight.flatten(1).T + classifier.head.bias, logits)
 
 
+def test_an_auxiliary_head_says_nothing_until_it_has_learnt_and_is_part_of_what_is_said(bright_and_dark):
+    config = ClassifierConfig("volo_d1_224", ["dark", "bright"], (32, 32), (224, 224), (0.5,) * 3, (0.5,) * 3)
+    classifier = build_classifier(config, "none").eval()
+    images = torch.from_numpy(bright_and_dark.images[:2]).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        features, logits = classifier.compute_both(images)
+        torch.testing.assert_close(classifier.head(features), logits)
+        torch.nn.init.normal_(classifier.backbone.aux_head.weight)
+        _, logits = classifier.compute_both(images)
+        torch.testing.assert_close(classifier(images), logits)
+        assert not torch.allclose(classifier.head(features), logits)
+
+
 def test_a_network_without_a_linear_head_is_trained_whole_alone(bright_and_dark, tmp_path):
     name = "deit_tiny_distilled_patch16_224"  # two heads
     config = ClassifierConfig(name, ["dark", "bright"], (32, 32), (32, 32), (0.5,) * 3, (0.5,) * 3)

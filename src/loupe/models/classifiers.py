@@ -152,7 +152,16 @@ def build_classifier(
             f"{config.backbone} has no residual branches to leave out: set train_classifier.drop_path to auto"
         ) from error
     backbone.reset_classifier(len(config.labels))  # type: ignore[operator]
+    _silence_auxiliary_head(backbone)
     return Classifier(config, backbone)
+
+
+def _silence_auxiliary_head(backbone: nn.Module) -> None:
+    """VOLO adds the logits of a second head, which is to say nothing before it has learnt anything."""
+    auxiliary = getattr(backbone, "aux_head", None)
+    if auxiliary is not None:
+        for parameter in auxiliary.parameters():
+            nn.init.zeros_(parameter)
 
 
 def save_classifier(classifier: Classifier, extra: dict[str, Any], folder: Path) -> None:
