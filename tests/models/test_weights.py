@@ -1,3 +1,5 @@
+import hashlib
+
 import pytest
 import timm
 import torch
@@ -123,8 +125,14 @@ def test_a_file_for_another_network_is_an_error(tmp_path):
         ("package", f"ImageNet, package {PACKAGED[LITE0].package} (Apache-2.0)"),
         ("hub", "timm's hub"),
         ("none", "random"),
-        ("here.safetensors", "here.safetensors"),
     ],
 )
 def test_a_source_is_described_in_words(weights, words):
     assert describe_source(LITE0, weights) == words
+
+
+def test_a_file_is_known_by_what_it_holds(tmp_path):
+    path = tmp_path / "here.safetensors"
+    path.write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert describe_source(LITE0, str(path)) == f"{path} (sha256 {digest[:12]})"

@@ -38,6 +38,7 @@ PACKAGED = {
         licence="Apache-2.0",
     ),
 }
+KNOWN_SOURCES = {"hub": "timm's hub", "none": "random"}
 WAYS = (
     "`package` (for " + ", ".join(PACKAGED) + "), `hub` (timm's, over the network), the path of a .safetensors "
     "file, or `none` for random weights"
@@ -88,10 +89,13 @@ def depends_on_size(name: str) -> bool:
 
 
 def describe_source(name: str, weights: str) -> str:
-    """Where the weights came from and under which licence, in a few words."""
+    """Where the weights came from and under which licence, in a few words; of a file, what it holds by its digest."""
     if weights == "package":
         return f"ImageNet, package {PACKAGED[name].package} ({PACKAGED[name].licence})"
-    return {"hub": "timm's hub", "none": "random"}.get(weights, weights)
+    if weights in KNOWN_SOURCES:
+        return KNOWN_SOURCES[weights]
+    with Path(weights).open("rb") as file:
+        return f"{weights} (sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:12]})"
 
 
 def _load_from_hub(name: str, options: dict[str, Any]) -> nn.Module:

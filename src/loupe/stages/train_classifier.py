@@ -70,8 +70,8 @@ def train_classifier(params: Params) -> None:
     dropped = {name: _resolve(getattr(section, name), None) for name in ("drop_rate", "drop_path")}
     classifier = build_classifier(config, weights, **dropped)
     recipe = choose_recipe(section, prepared)
-    facts = {"config": asdict(config), "recipe": asdict(recipe), "weights": weights, "seed": params.seed}
-    facts |= dropped
+    source = describe_source(section.backbone, weights)
+    facts = {"config": asdict(config), "recipe": asdict(recipe), "weights": source, "seed": params.seed, **dropped}
     with record_training("classifier", params, recipe) as run_id, open_memory("classifier", facts) as memory:
         history = train_network(
             classifier,
@@ -87,7 +87,7 @@ def train_classifier(params: Params) -> None:
             "refitted": is_refitted(recipe, history),
             "learnt_from_val": has_learnt_from_val(recipe, history),
             "recipe": section.recipe,
-            "weights": describe_source(section.backbone, weights),
+            "weights": source,
         }
         save_classifier(classifier, extra, FOLDER)
         device = next(classifier.parameters()).device

@@ -91,7 +91,7 @@ def train_detector(params: Params) -> None:
             "geometry": prepared.geometry.to_json(),
             "best_epoch": fitted.best_epoch,
             "normal_label": tasks.normal_label,
-            "weights": None if section.rebuilds_pixels else describe_source(section.backbone, section.weights),
+            "weights": _describe_weights(section),
             **_calibrate(detector, prepared, rate),
         }
         save_detector(detector, extra, FOLDER)
@@ -165,7 +165,12 @@ def _open_memory(
     if isinstance(recipe, ClosedForm):
         return nullcontext()
     facts = {"detector": detector.name, "config": asdict(detector.config), "recipe": asdict(recipe)}
-    return open_memory("detector", {**facts, "seed": params.seed, "weights": params.train_detector.weights})
+    return open_memory("detector", {**facts, "seed": params.seed, "weights": _describe_weights(params.train_detector)})
+
+
+def _describe_weights(section: Section) -> str | None:
+    """Where the backbone's are from; None for what has no backbone."""
+    return None if section.rebuilds_pixels else describe_source(section.backbone, section.weights)
 
 
 def _fit(
