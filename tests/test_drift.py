@@ -189,7 +189,7 @@ def test_of_too_few_images_nothing_is_said_but_that(project, params, put):
     figures = check(params, put(draw_table(19, 5, 9.0)))
     assert (figures["is_decided"], figures["is_drifted"]) == (False, False)
     said = "Too few images to say: there are 19 recent and 40 reference ones that are independent of each other"
-    assert figures["verdict"] == f"{said}, and it takes 20 of each."
+    assert figures["verdict"] == f"{said}, and it takes 20 of each (drift.min_images)."
     assert not any(name.startswith(("embedding", "score")) for name in figures)
     assert figures["verdict"] in open_text("drift.html")
     assert find_run(project)[1].data.metrics["drift/is_decided"] == 0

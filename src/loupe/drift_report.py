@@ -106,7 +106,7 @@ def describe_verdict(report: Report) -> str:
         return (
             f"Too few images to say: there are {judgement.num_recent_groups:,} recent and "
             f"{judgement.num_reference_groups:,} reference ones that are independent of each other, and it takes "
-            f"{report.rules.min_images} of each."
+            f"{report.rules.min_images} of each (drift.min_images)."
         )
     describe = {EMBEDDING: _describe_embeddings, SCORE: _describe_scores}
     said = [f"{describe[name](one)} (p = {one.p_value:.3g})" for name, one in judgement.comparisons.items()]

@@ -167,10 +167,6 @@ def test_the_history_shows_accuracy_where_there_is_one():
     render(figure)
 
 
-def test_a_history_of_one_epoch_can_be_drawn():
-    render(draw_history(history()[:1]))
-
-
 def test_reliability_has_a_line_a_diagram_beside_the_ideal():
     diagram = compute_reliability(np.array([0, 1, 1]), np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]]))
     figure = draw_reliability({"before": diagram, "after": diagram})

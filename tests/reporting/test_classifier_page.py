@@ -1,6 +1,7 @@
 """The page on a classifier, as it is made of one and as a browser shows it."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -99,6 +100,13 @@ def test_the_headline_figures_stand_with_their_intervals(faulty, page, show):
     assert f"{interval.low:.1%} to {interval.high:.1%}" in first.inner_text()
     assert shown.locator(".measures .interval").count() == 4
     assert f"{accuracy:.1%}" in shown.locator(".verdict").inner_text()
+
+
+def test_a_head_that_was_fitted_at_once_has_no_curves(faulty, page, save, show):
+    fitted, pictures = save(replace(faulty, history=faulty.history[:1]))
+    assert set(pictures) == set(save(faulty)[1]) - {"history"}
+    curves = "svg[aria-label*='by epoch']"
+    assert (show(page)[0].locator(curves).count(), show(fitted)[0].locator(curves).count()) == (2, 0)
 
 
 def test_a_second_training_is_told_of(page, show):

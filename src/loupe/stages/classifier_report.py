@@ -75,15 +75,19 @@ def describe_training(
 
 
 def save_pictures(report: Report, folder: Path) -> dict[str, Path]:
-    """Draw PNG files, each named as its key; without a convolution there are no filters and responses."""
+    """Draw PNG files, each named as its key.
+
+    Without a convolution there are no filters and responses; of a head that was fitted at once there is no history.
+    """
     told, explanation = report.judgement, report.explanation
     pairs = [example for pair in explanation.pairs for side in pair for example in side.examples]
     figures = {
         "confusion": draw_confusion(told.confusion, report.labels),
-        "history": draw_history(report.history),
         "reliability": draw_reliability(_name_diagrams(told)),
         "coverage": draw_coverage(told.coverage),
     }
+    if len(report.history) > 1:
+        figures["history"] = draw_history(report.history)
     sheets = {
         "most_wrong": _draw_examples(explanation.most_wrong),
         "most_uncertain": _draw_examples(explanation.most_uncertain),
@@ -225,7 +229,9 @@ def _list_confusion(told: Judgement, labels: list[str]) -> list[Row]:
 
 
 def _chart_history(history: pd.DataFrame) -> list[Chart]:
-    """Loss of train and val; accuracy on val where it was measured."""
+    """Loss of train and val; accuracy on val where it was measured. A single epoch is no curve."""
+    if len(history) < 2:
+        return []
     epochs = history["epoch"].to_numpy(np.float64)
     best = float(epochs[find_best_epoch(history)])
     charts = {
