@@ -30,6 +30,7 @@ TURNS = {
 SMALL_FILE = 5_000
 GREY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16B", "I;16L"})
 MODES = GREY_MODES | {"P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
+PIXELS_AT_ONCE, LEAST_AT_ONCE, MOST_AT_ONCE = 32 * 224 * 224, 16, 128  # of and in a batch
 RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -60,6 +61,15 @@ class Geometry:
     fit: Fit
     interpolation: str
     bits: int = 16  # of a 16-bit file, how many of them hold its values: many cameras give 12
+
+    @property
+    def batch_size(self) -> int:
+        """How many images a model that learns nothing from them is given at once.
+
+        A batch has a cost of its own, which many small images share: a detector takes 6 ms for each of 16 that it sees
+        at 64 x 64 pixels, and 3 ms for each of 128, on two CPU cores.
+        """
+        return min(MOST_AT_ONCE, max(LEAST_AT_ONCE, PIXELS_AT_ONCE // (self.input_height * self.input_width)))
 
     def to_json(self) -> dict[str, Any]:
         """Values that `Geometry(**values)` takes."""

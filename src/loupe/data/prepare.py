@@ -68,9 +68,10 @@ class Prepared:
         return np.flatnonzero(self.index["split"].eq(split))
 
     def read_batches(
-        self, rows: Int64[np.ndarray, " num_images"], batch_size: int
+        self, rows: Int64[np.ndarray, " num_images"], batch_size: int | None = None
     ) -> Iterator[UInt8[np.ndarray, "batch channels height width"]]:
-        """The images at these rows in batches, channels first, as networks take them."""
+        """The images at these rows in batches, channels first, as networks take them; None for the geometry's own."""
+        batch_size = batch_size or self.geometry.batch_size
         for start in range(0, len(rows), batch_size):
             yield np.ascontiguousarray(self.images[rows[start : start + batch_size]].transpose(0, 3, 1, 2))
 

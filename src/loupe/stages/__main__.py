@@ -31,6 +31,7 @@ def _find_stage(name: str) -> Callable[[Params], None]:
             return partial(skip, verb, task, reason)
     gc.disable()  # nothing that is imported is garbage, and to look for some takes a second of a stage's seven
     stage: Callable[[Params], None] = getattr(importlib.import_module(f"loupe.stages.{name}"), name)
+    gc.freeze()  # nor is it later
     gc.enable()
     return stage
 

@@ -13,7 +13,6 @@ from loupe.evaluation.pictures import DisplayScale, HeatMap, choose_display_scal
 from loupe.models.detectors.base import Detector, detect
 
 MOST_THUMBNAILS = 200
-BATCH_SIZE = 16
 CAPTION = 20  # characters of a label that fit above a column
 
 Positions = Int64[np.ndarray, " num_chosen"]
@@ -46,10 +45,11 @@ def compute_in_batches(
 ) -> tuple[Float[np.ndarray, " num_images"], Float[np.ndarray, "num_kept height width"]]:
     """Raw scores of prepared images, and the maps of those to keep, some images at a time: maps are large."""
     maps = np.empty((int(keeps_map.sum()), prepared.geometry.height, prepared.geometry.width), np.float32)
-    scores, num_kept = [np.zeros(0)], 0
-    for start, batch in enumerate(prepared.read_batches(rows, BATCH_SIZE)):
-        found, drawn = detect(detector, torch.from_numpy(batch), BATCH_SIZE)
-        kept = drawn.numpy()[keeps_map[start * BATCH_SIZE :][: len(batch)]]
+    scores, num_kept, num_done = [np.zeros(0)], 0, 0
+    for batch in prepared.read_batches(rows):
+        found, drawn = detect(detector, torch.from_numpy(batch), len(batch))
+        kept = drawn.numpy()[keeps_map[num_done : num_done + len(batch)]]
+        num_done += len(batch)
         maps[num_kept : num_kept + len(kept)] = kept
         num_kept += len(kept)
         scores.append(found.numpy().astype(np.float64))

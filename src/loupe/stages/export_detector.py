@@ -21,7 +21,6 @@ from loupe.stages.recording import record_results
 MODEL, FOLDER = MODELS / "detector", MODELS / "exported" / "detector"
 METRICS = REPORTS / "metrics" / "detector_export.json"
 NUM_EXAMPLES = 2  # one alone would freeze the batch size
-BATCH_SIZE = 16
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ def export_detector(params: Params) -> None:
 def _detect_twice(detector: Detector, path: Path, prepared: Prepared) -> Iterator[tuple[Anomalies, Anomalies]]:
     """Scores and maps of the test images by torch and by the file, both on the CPU, some at a time."""
     exported = export.ExportedModel(path)
-    for images in prepared.read_batches(prepared.rows_of("test"), BATCH_SIZE):
-        scores, maps = detect(detector, torch.from_numpy(images))
+    for images in prepared.read_batches(prepared.rows_of("test")):
+        scores, maps = detect(detector, torch.from_numpy(images), len(images))
         exported_scores, exported_maps = exported.run(images)
         yield (scores.numpy(), maps.numpy()), (exported_scores, exported_maps)

@@ -13,7 +13,7 @@ from loupe.data.manifest import save_table
 from loupe.data.prepare import Prepared
 from loupe.stages.files import REFERENCE
 
-MOST_IMAGES, BATCH_SIZE = 1000, 16
+MOST_IMAGES = 1000
 
 Embed = Callable[
     [UInt8[Tensor, "batch channels height width"]],
@@ -34,7 +34,7 @@ def save_reference(prepared: Prepared, splits: Sequence[str], embed: Embed, fold
     embeddings: list[np.ndarray] = []
     scores: list[float] = []
     with torch.inference_mode():
-        for batch in prepared.read_batches(rows, BATCH_SIZE):
+        for batch in prepared.read_batches(rows):
             vectors, anomaly_scores = embed(torch.from_numpy(batch))
             embeddings += list(vectors.float().cpu().numpy())
             scores += [] if anomaly_scores is None else anomaly_scores.double().tolist()

@@ -226,7 +226,7 @@ def _measure(detector: Detector, prepared: Prepared) -> Fitted:
 
 def _score(detector: Detector, prepared: Prepared, rows: np.ndarray) -> np.ndarray:
     """Raw anomaly scores of prepared images."""
-    batches = prepared.read_batches(rows, FITTED_AT_ONCE)
+    batches = prepared.read_batches(rows)
     return compute_scores(detector.eval(), map(torch.from_numpy, batches)).numpy().astype(np.float64)
 
 

@@ -22,7 +22,6 @@ from loupe.models.classifiers import load_classifier
 from loupe.models.detectors.family import load_detector
 from loupe.models.files import load_config
 
-BATCH_SIZE = 32
 CALIBRATION = "calibration_scores.parquet"  # beside a detector's weights: raw scores of normal images
 
 
@@ -82,9 +81,9 @@ class ImageModel(PythonModel):
 
     def answer(self, contents: Sequence[object], options: Options) -> pd.DataFrame:
         """The same, with embeddings and maps as arrays of float32."""
+        size = self.geometry.batch_size
         parts = [
-            self._answer_batch(contents[start : start + BATCH_SIZE], options)
-            for start in range(0, len(contents) or 1, BATCH_SIZE)
+            self._answer_batch(contents[start : start + size], options) for start in range(0, len(contents) or 1, size)
         ]
         return pd.concat(parts, ignore_index=True)
 
