@@ -16,6 +16,7 @@ RUN useradd --create-home loupe && install --directory --owner loupe /home/loupe
 USER loupe
 WORKDIR /home/loupe/project
 COPY --from=environment --chown=loupe /home/loupe/project/.venv .venv
+COPY --from=environment --chown=loupe /home/loupe/project/.prefect .prefect
 COPY --chown=loupe . .
 RUN touch .venv/.installed
 CMD ["make", "run"]

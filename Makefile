@@ -55,11 +55,13 @@ serve-pipelines: $(STAMP)
 	@python -m pipelines.serving $(if $(PORT),--port '$(PORT)') $(if $(CRON),--cron '$(CRON)')
 
 # The environment is made once, and again where the lock file has changed. The lock is complete: nothing is resolved here.
+# The tables of Prefect's database belong to it: to make them takes longer than all of Prefect's work on a first run.
 $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or later is needed; name one with make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	PREFECT_HOME=.prefect $(BIN)/prefect server database upgrade --yes >/dev/null
 	@touch $@
 
 # Resolve the lock file anew; `uv` is needed for this alone.

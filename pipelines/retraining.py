@@ -72,7 +72,7 @@ def fetch_data(timeout_seconds: int) -> None:
         for line in run_command(["dvc", "checkout", "--quiet"], timeout_seconds):
             log.debug(line)
     except PipelineError:
-        log.info("DVC's cache does not hold all that dvc.lock names: the rest is computed again")
+        log.info("DVC's cache does not hold all that dvc.lock names: what is needed of the rest is computed again")
 
 
 def _describe_commit(decisions: dict[str, Any]) -> str:

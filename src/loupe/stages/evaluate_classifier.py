@@ -1,5 +1,6 @@
 """Test the classifier, once: figures, predictions, pictures and a page for DVC and for the run that made it."""
 
+import filecmp
 import logging
 
 import numpy as np
@@ -12,7 +13,7 @@ from loupe.data.prepare import Prepared, load_prepared
 from loupe.evaluation.classification import build_predictions, compute_classification_metrics
 from loupe.evaluation.judgement import Answers, judge_classifier
 from loupe.models.classifiers import Classifier, compute_targets, load_classifier, predict_probabilities
-from loupe.models.files import LAST, load_config, load_weights
+from loupe.models.files import LAST, WEIGHTS, load_config, load_weights
 from loupe.reporting.page import save_page
 from loupe.stages.classifier_explanation import explain_classifier
 from loupe.stages.classifier_report import Report, describe_training, render_report, save_pictures
@@ -33,7 +34,7 @@ def evaluate_classifier(params: Params) -> None:
     judgement = judge_classifier(test, calibration, params.seed)
     explanation = explain_classifier(classifier, prepared, rows, test, params.evaluate_classifier.num_pictures)
     metrics = {f"classifier/test/{name}": value for name, value in judgement.to_metrics(labels).items()}
-    metrics |= _describe_run(prepared)
+    metrics |= _describe_run(prepared, test)
     predictions = build_predictions(prepared.index["image_id"].iloc[rows], test.targets, test.probabilities, labels)
     save_table(predictions, FOLDER / "predictions.parquet")
     predictions[["label", "predicted"]].to_csv(FOLDER / "confusion.csv", index=False)
@@ -68,11 +69,13 @@ def _ask(classifier: Classifier, prepared: Prepared, split: str) -> Answers:
     )
 
 
-def _describe_run(prepared: Prepared) -> dict[str, float]:
+def _describe_run(prepared: Prepared, best: Answers) -> dict[str, float]:
     """The accuracy of the last epoch beside that of the best by val loss, and how many images there were."""
-    classifier = _load_classifier()
-    load_weights(classifier, MODEL / LAST)
-    last = _ask(classifier, prepared, "test")
+    last = best
+    if not filecmp.cmp(MODEL / WEIGHTS, MODEL / LAST, shallow=False):
+        classifier = _load_classifier()
+        load_weights(classifier, MODEL / LAST)
+        last = _ask(classifier, prepared, "test")
     return {
         "classifier/test/last_epoch_accuracy": compute_classification_metrics(last.targets, last.probabilities)[
             "accuracy"

@@ -15,7 +15,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from torch import Tensor
 
-from loupe.data.images import Geometry, read_image
+from loupe.data.images import Geometry, choose_num_threads, read_image
 from loupe.errors import DataError
 from loupe.evaluation.thresholds import check_false_alarm_rate, compute_threshold
 from loupe.models.classifiers import load_classifier
@@ -88,7 +88,8 @@ class ImageModel(PythonModel):
         return pd.concat(parts, ignore_index=True)
 
     def _answer_batch(self, contents: Sequence[object], options: Options) -> pd.DataFrame:
-        with ThreadPoolExecutor() as pool:  # decoding lets other threads run
+        num_threads = choose_num_threads([len(content) for content in contents if isinstance(content, bytes)])
+        with ThreadPoolExecutor(num_threads) as pool:  # decoding lets other threads run
             results = list(pool.map(self._read, contents))
         images = [result for result in results if isinstance(result, np.ndarray)]
         problems = [result if isinstance(result, str) else None for result in results]
