@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -116,3 +117,25 @@ def test_a_taken_port_is_said(tmp_path, params):
         answer = call_loupe("ui", "--mlflow-port", str(port), folder=tmp_path)
     assert answer.returncode == 1
     assert f"port {port} is taken" in answer.stderr
+
+
+STUBBORN = """
+import signal, sys, time
+told = []
+signal.signal(signal.SIGINT, lambda *_: told.append(1) or (len(told) > 1 and sys.exit(7)))
+print("ready", flush=True)
+time.sleep(60)
+time.sleep(60)
+"""
+
+
+def test_a_program_that_loses_an_interruption_is_told_again():
+    program = (
+        f"from loupe.cli import starting; starting.PATIENCE_SECONDS = 0.2; sys.exit(starting._follow({STUBBORN!r}))"
+    )
+    command = [sys.executable, "-c", f"import sys; {program}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "ready\n"
+        os.killpg(run.pid, signal.SIGINT)
+        assert run.wait(30) == 7

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from loupe.stages.files import BUILT_IN
 
 PARAMS = Path("params.yaml")
 LOOPBACK = "127.0.0.1"
+PATIENCE_SECONDS = 15  # after an interruption; a flow ends within ten
 FLOW = "from loupe.stages.entry import end_with_parent; end_with_parent(); from pipelines.training import main; main()"
 GRACE_SECONDS = 10  # in which servers end
 
@@ -46,14 +48,27 @@ def _follow(program: str) -> int:
     """Run a program in a session of its own, and give its exit status.
 
     An interruption at a terminal is for all that it started: here the program alone is told, and ends what it started.
+    Between two steps of a flow Prefect may lose what it is told, so that it is told again until it ends.
     """
     command = [sys.executable, "-c", program]
     process = subprocess.Popen(command, env={**os.environ, **_build_settings()}, start_new_session=True)
+    is_told = threading.Event()
+
+    def tell(*_: object) -> None:
+        is_told.set()
+        process.send_signal(signal.SIGINT)
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup keeps it out
-            signal.signal(number, lambda *_: process.send_signal(signal.SIGINT))
-    status = process.wait()
-    return status if status >= 0 else 128 - status
+            signal.signal(number, tell)
+    while True:
+        try:
+            status = process.wait(PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            if is_told.is_set():
+                tell()
+        else:
+            return status if status >= 0 else 128 - status
 
 
 def _check_source(data: str, changes: dict[str, Any]) -> str:

@@ -109,16 +109,15 @@ class Classifier(nn.Module):
         self, images: UInt8[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch num_features"]:
         """What the head sees."""
-        maps = self.backbone.forward_features(self.preprocess(images))  # type: ignore[operator]
-        features: Tensor = self.backbone.forward_head(maps, pre_logits=True)  # type: ignore[operator]
-        return features
+        return self.compute_both(images)[0]
 
     def compute_both(
         self, images: UInt8[Tensor, "batch channels height width"]
     ) -> tuple[Float[Tensor, "batch num_features"], Float[Tensor, "batch num_labels"]]:
-        """Features and logits; where the head is no linear layer, the network runs twice."""
-        features = self.compute_features(images)
-        return features, self.head(features) if isinstance(self.head, nn.Linear) else self(images)
+        """Features and logits."""
+        maps = self.backbone.forward_features(self.preprocess(images))  # type: ignore[operator]
+        features, logits = (self.backbone.forward_head(maps, pre_logits=only) for only in (True, False))  # type: ignore[operator]
+        return features, logits
 
     def forward(self, images: UInt8[Tensor, "batch channels height width"]) -> Float[Tensor, "batch num_labels"]:
         logits: Tensor = self.backbone(self.preprocess(images))
