@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import socket
 import subprocess
@@ -314,3 +315,9 @@ def test_http_takes_another_rate_and_gives_maps(images, server):
     answer = ask(server, [(images / "a/0.png").read_bytes()], false_alarm_rate=0.2, maps=True)
     assert answer["threshold"].item() == 8 / 50
     assert np.shape(answer["anomaly_map"].item()) == (32, 32)
+
+
+@pytest.mark.parametrize("params", [{"threshold": math.nan}, {"threshold": 5.0, "false_alarm_rate": 0.1}])
+def test_a_served_model_refuses_what_does_not_go_together(params):
+    with pytest.raises(ConfigError, match=r"nan is none|give one of them"):
+        ImageModel().predict(None, pd.DataFrame({"image": [b""]}), params)

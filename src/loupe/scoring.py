@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -122,10 +121,7 @@ def _check(request: Request) -> None:
         raise ConfigError(f"--out must end in .parquet or .csv, got {request.out}")
     if request.out.suffix == ".csv" and request.embeddings:
         raise ConfigError("embeddings are long lists, which CSV has no place for: let --out end in .parquet")
-    if request.threshold is not None and request.false_alarm_rate is not None:
-        raise ConfigError("a threshold and a false-alarm rate are two ways to set the same: give one of them")
-    if request.threshold is not None and math.isnan(request.threshold):
-        raise ConfigError("--threshold must be a number, and nan is none: nothing is above it")
+    Options(request.threshold, request.false_alarm_rate)  # which refuses what does not go together
 
 
 def list_source(source: Path) -> tuple[Path, pd.DataFrame]:

@@ -216,6 +216,13 @@ def test_without_a_normal_test_image_there_is_no_detector(tabulate, tasks_of):
     assert tasks.no_detector_because == "no test image is 'good': false alarms could not be counted"
 
 
+def test_without_a_normal_image_of_val_there_is_no_detector(tabulate, tasks_of):
+    manifest = tabulate(given("good", train=20, test=3) + given("hole", val=2, test=2))
+    tasks = tasks_of(manifest, ["good"])
+    assert tasks.normal_label is None
+    assert tasks.no_detector_because == "no image of val is 'good': a fit could not be watched"
+
+
 def test_a_label_of_test_alone_is_no_class_of_the_classifier(tabulate, tasks_of):
     manifest = tabulate(given("cat", train=20, test=3) + given("dog", train=20, test=3) + given("cow", test=2))
     assert tasks_of(manifest, []).labels == ["cat", "dog"]

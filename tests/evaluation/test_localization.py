@@ -87,6 +87,15 @@ def test_figures_equal_their_definitions_whatever_the_maps(masks, maps):
         assert metrics["pixel_average_precision"] == pytest.approx(expected)
 
 
+def test_pixels_are_counted_in_parts(monkeypatch):
+    generator = np.random.default_rng(0)
+    masks = (generator.random((3, 8, 9)) < 0.4).astype(np.uint8)
+    maps = generator.random((3, 8, 9)).astype(np.float32)
+    whole = compute_pixel_metrics(masks, maps)
+    monkeypatch.setattr("loupe.evaluation.localization.PIXELS_AT_ONCE", 7)
+    assert compute_pixel_metrics(masks, maps) == pytest.approx(whole)
+
+
 def test_perfect_maps_have_one_and_wrong_ones_nothing():
     masks, _ = draw(0)
     perfect, wrong = (compute_pixel_metrics(masks, (sign * masks).astype(np.float32)) for sign in (1.0, -1.0))

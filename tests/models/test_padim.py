@@ -64,3 +64,17 @@ def test_the_same_seed_gives_the_same_scores_and_another_seed_others(fitted):
 def test_too_few_normal_images_are_refused_with_how_many_are_needed(fitted):
     with pytest.raises(DataError, match="needs at least 10 normal images to be fitted, got 1"):
         fit_detector(fitted, [draw_gradients(1)], seed=0)
+
+
+def test_features_far_from_zero_that_hardly_vary_keep_their_covariance(fitted):
+    """As a camera that does not move gives them."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = fitted.extractor.shapes
+    batches = [[300 + 0.1 * torch.randn(50, *shape, generator=generator) for shape in shapes] for _ in range(6)]
+    detector = fit()
+    detector.fit_features(lambda: batches, torch.Generator().manual_seed(0))
+    place = torch.cat([detector._select(batch) for batch in batches])[:, 17].double()
+    whitening = detector.whitening[17].double()
+    found = torch.linalg.inv(whitening.T @ whitening)
+    expected = place.T.cov() + 0.01 * torch.eye(place.shape[1], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-4)

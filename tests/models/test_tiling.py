@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loupe.errors import ConfigError
+from loupe.errors import ConfigError, DataError
 from loupe.models.classifiers import get_data_config
 from loupe.models.detectors.autoencoder import Autoencoder, AutoencoderConfig
-from loupe.models.detectors.base import Detector, TrainedDetector, detect, fit_detector, save_detector
+from loupe.models.detectors.base import Detector, TrainedDetector, check_num_images, detect, fit_detector, save_detector
 from loupe.models.detectors.family import build_detector, load_detector
 from loupe.models.detectors.features import FeatureConfig
 from loupe.models.detectors.tiling import TILES_AT_ONCE, TiledDetector, TiledImages, choose_tiles
@@ -209,3 +209,10 @@ def test_the_exported_graph_gives_the_same_scores_and_maps_for_any_batch(tmp_pat
     found = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     for values, expected in zip(found, detect(detector, images), strict=True):
         np.testing.assert_allclose(values, expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_tiles_take_as_many_images_as_the_detector_of_one():
+    inner = Brightness((64, 64))
+    inner.least_images = 10
+    with pytest.raises(DataError, match="at least 10 normal images to be fitted, got 9"):
+        check_num_images(TiledDetector(inner, 2, 2), 9)

@@ -63,7 +63,7 @@ def test_random_weights_are_had_by_name():
 def test_a_backbone_that_no_package_carries_names_the_ways():
     with pytest.raises(WeightsError) as caught:
         build_backbone(SMALL, "package")
-    assert str(caught.value).startswith(f"no package carries weights of '{SMALL}'; set train_classifier.weights to")
+    assert str(caught.value).startswith(f"no package carries weights of '{SMALL}'; set `weights` to")
     for way in (LITE0, "`hub`", ".safetensors", "`none`"):
         assert way in str(caught.value)
 
@@ -73,7 +73,7 @@ def test_an_unknown_source_names_the_ways(weights):
     with pytest.raises(WeightsError) as caught:
         build_backbone(SMALL, weights)
     message = str(caught.value)
-    assert message.startswith("train_classifier.weights must be one of `package` (for ")
+    assert message.startswith("`weights` must be one of `package` (for ")
     assert message.endswith(f"or `none` for random weights; got {weights!r}")
 
 

@@ -373,8 +373,12 @@ def test_of_many_images_a_part_is_shown_with_all_that_are_pictured(save):
 
 def test_facts_name_the_backbone_of_the_detector_of_tiles_too():
     prepared = prepare(("good",), 1, 3, has_masks=False)
-    tiled = {**CONFIG, "detector": "tiled", "config": {"inner": {"backbone": "resnet34"}, "rows": 2}}
-    assert dict(describe_detector(tiled, prepared, 0))["backbone"] == "resnet34"
+    inner = {"backbone": "resnet34", "crop": [70, 80], "size": [64, 96]}
+    grid = {"detector": "knn_patches", "inner": inner, "rows": 2, "columns": 3}
+    facts = dict(describe_detector({**CONFIG, "detector": "tiled", "config": grid}, prepared, 0))
+    assert (facts["backbone"], facts["detector"]) == ("resnet34", "knn patches")
+    assert facts["tiles"] == "2 × 3, each of 70 × 80 pixels and looked at by itself"
+    assert facts["what it sees"] == "64 × 96 pixels in 1 channel"
     facts = dict(describe_detector({**CONFIG, "config": {}, "weights": None, "best_epoch": 4}, prepared, 0))
     assert facts["best epoch"].startswith("4")
     assert not {"backbone", "its weights"} & set(facts)

@@ -84,6 +84,27 @@ def test_the_file_answers_as_the_detector_for_every_test_image(params, project, 
     assert Geometry(**json.loads(values["geometry"])) == GEOMETRY
 
 
+def test_a_file_is_given_as_many_tiles_at_once_as_images_otherwise(params, project, monkeypatch):
+    prepared = load_prepared(project / "data/prepared/detector")
+    section = params.train_detector.model_copy(update={"model": "autoencoder", "tiles": 2})
+    detector = build_detector("tiled", build_config(section, prepared), "none").eval()
+    num_tiles = detector.config.rows * detector.config.columns
+    extra = {"geometry": GEOMETRY.to_json(), "threshold": 0.1}
+    save_detector(detector, extra, project / "models/detector")
+    monkeypatch.setattr("loupe.data.images.MOST_AT_ONCE", 16)
+    counts, run = [], export.ExportedModel.run
+
+    def count(model, images):
+        counts.append(len(images))
+        return run(model, images)
+
+    monkeypatch.setattr(export.ExportedModel, "run", count)
+    export_detector(params)
+    assert num_tiles > 1
+    assert max(counts) == min(7, 16 // num_tiles)
+    assert sum(counts) == 7
+
+
 def test_a_file_that_answers_otherwise_is_recorded_and_fails_nothing(params, project, monkeypatch, caplog):
     save_fitted(params, project, "autoencoder")
     run = export.ExportedModel.run

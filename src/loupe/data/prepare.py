@@ -222,12 +222,17 @@ def _fit_mask(path: Path, geometry: Geometry) -> UInt8[np.ndarray, "height width
 def load_prepared(folder: Path) -> Prepared:
     """Open what `prepare_images` wrote: into memory where it is small, otherwise mapped, and read as it is used."""
     path = folder / "images.npy"
-    images = np.load(path, mmap_mode=None if path.stat().st_size <= IN_MEMORY_BYTES else "r")
+    images = _open_array(path)
     where = "memory" if not isinstance(images, np.memmap) else "disk"
     log.info("%s: %d images, %.0f MB, read from %s", path, len(images), images.nbytes / 1e6, where)
     return Prepared(
         images=images,
-        masks=np.load(folder / "masks.npy"),
+        masks=_open_array(folder / "masks.npy"),
         index=load_table(folder / "index.parquet"),
         geometry=Geometry(**json.loads((folder / "geometry.json").read_text())),
     )
+
+
+def _open_array(path: Path) -> UInt8[np.ndarray, "..."]:
+    array: np.ndarray = np.load(path, mmap_mode=None if path.stat().st_size <= IN_MEMORY_BYTES else "r")
+    return array

@@ -245,6 +245,8 @@ def compute_tasks(manifest: pd.DataFrame, splits: pd.DataFrame, normal_labels: S
         normal_label, no_detector = None, f"the test images are all {normal_label!r}: none is anomalous"
     elif not (is_test & is_normal).any():
         normal_label, no_detector = None, f"no test image is {normal_label!r}: false alarms could not be counted"
+    elif not (rows["split"].eq("val") & is_normal).any():
+        normal_label, no_detector = None, f"no image of val is {normal_label!r}: a fit could not be watched"
     return Tasks(
         labels=[] if few else labels,
         normal_label=normal_label,

@@ -44,19 +44,18 @@ class Threshold:
         """What it stands for, in words."""
         images = f"{self.num_calibration:,} normal calibration image{'s' * (self.num_calibration > 1)}"
         words = (
-            f"On average at most {_to_percent(self.rate)} of new normal images score above it, by {images}. "
-            f"A threshold from so many comes to between {_to_percent(self.low_rate)} and "
-            f"{_to_percent(self.high_rate)} of false alarms, {LEVEL:.0%} of the time."
+            f"On average at most {to_percent(self.rate)} of new normal images score above it, by {images}. "
+            f"A threshold from so many comes to between {to_percent(self.low_rate)} and "
+            f"{to_percent(self.high_rate)} of false alarms, {LEVEL:.0%} of the time."
         )
         if is_supported(self.asked_rate, self.num_calibration):
             return words
-        return (
-            f"{words} {_to_percent(self.asked_rate)} was asked for, but {describe_lowest_rate(self.num_calibration)}."
-        )
+        return f"{words} {to_percent(self.asked_rate)} was asked for, but {describe_lowest_rate(self.num_calibration)}."
 
 
-def _to_percent(rate: float) -> str:
-    return f"{100 * rate:.2g}%"
+def to_percent(rate: float) -> str:
+    """A rate in [0, 1] with two digits that count."""
+    return f"{float(f'{100 * rate:.2g}'):g}%"
 
 
 def compute_threshold(scores: Float[np.ndarray, " num_images"], false_alarm_rate: float) -> float:

@@ -65,7 +65,7 @@ def build_backbone(name: str, weights: str, **options: Any) -> nn.Module:
     elif weights.endswith(".safetensors"):
         load_weights(network, Path(weights))
     elif weights != "none":
-        raise WeightsError(f"train_classifier.weights must be one of {WAYS}; got {weights!r}")
+        raise WeightsError(f"`weights` must be one of {WAYS}; got {weights!r}")
     return network
 
 
@@ -104,8 +104,7 @@ def _load_from_hub(name: str, options: dict[str, Any]) -> nn.Module:
     except Exception as error:  # the hub's client, requests and timm raise a dozen kinds
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise WeightsError(
-            f"timm's hub has no weights of {name!r} within reach ({reason}); "
-            f"set train_classifier.weights to one of {WAYS}"
+            f"timm's hub has no weights of {name!r} within reach ({reason}); set `weights` to one of {WAYS}"
         ) from error
     return network
 
@@ -113,7 +112,7 @@ def _load_from_hub(name: str, options: dict[str, Any]) -> nn.Module:
 def check_packaged(name: str) -> None:
     """Raises WeightsError if no package carries weights of this network."""
     if name not in PACKAGED:
-        raise WeightsError(f"no package carries weights of {name!r}; set train_classifier.weights to one of {WAYS}")
+        raise WeightsError(f"no package carries weights of {name!r}; set `weights` to one of {WAYS}")
 
 
 def _load_packaged(name: str, network: nn.Module) -> dict[str, Tensor]:
@@ -124,8 +123,7 @@ def _load_packaged(name: str, network: nn.Module) -> dict[str, Tensor]:
         content = path.read_bytes()
     except (importlib.metadata.PackageNotFoundError, OSError) as error:
         raise WeightsError(
-            f"the package {packaged.package} is not installed; install it, "
-            f"or set train_classifier.weights to one of {WAYS}"
+            f"the package {packaged.package} is not installed; install it, or set `weights` to one of {WAYS}"
         ) from error
     if hashlib.sha256(content).hexdigest() != packaged.sha256:
         raise WeightsError(f"{path} is not the published file (its sha256 differs): install the package again")

@@ -14,6 +14,8 @@ from PIL import Image
 from loupe.data.prepare import Prepared
 from loupe.evaluation.detection import DetectorJudgement, Scored
 from loupe.evaluation.pictures import draw_heat_maps, draw_history, draw_scores, find_best_epoch
+from loupe.evaluation.thresholds import to_percent
+from loupe.models.detectors.tiling import TiledDetector
 from loupe.reporting.charts import Chart, Line, ScoreChart, build_chart, build_score_chart
 from loupe.reporting.page import embed_picture, render_page
 from loupe.stages.detector_explanation import Explanation
@@ -44,13 +46,19 @@ def describe_detector(config: Mapping[str, Any], prepared: Prepared, seed: int) 
     counts = [f"{len(prepared.rows_of(split)):,} {purpose}" for split, purpose in SPLITS.items()]
     channels = f"{geometry.channels} channel{'s' * (geometry.channels > 1)}"
     best_epoch = config.get("best_epoch")
+    name, tiles, size = config["detector"], None, (geometry.input_height, geometry.input_width)
+    if name == TiledDetector.name:
+        grid = config["config"]
+        name, (height, width), size = grid["detector"], grid["inner"]["crop"], grid["inner"]["size"]
+        tiles = f"{grid['rows']} × {grid['columns']}, each of {height} × {width} pixels and looked at by itself"
     facts = [
-        ("detector", str(config["detector"]).replace("_", " ")),
+        ("detector", str(name).replace("_", " ")),
+        ("tiles", tiles),
         ("backbone", _find_backbone(config)),
         ("its weights", config.get("weights")),
         ("fitted to", f"images of {config['normal_label']} alone"),
         ("images", ", ".join(counts)),
-        ("what it sees", f"{geometry.input_height} × {geometry.input_width} pixels in {channels}"),
+        ("what it sees", f"{size[0]} × {size[1]} pixels in {channels}"),
         ("how it comes to that", f"{geometry.fit} to {geometry.height} × {geometry.width}"),
         ("best epoch", f"{best_epoch}, which has the least loss on val" if best_epoch else None),
         ("seed", str(seed)),
@@ -119,7 +127,7 @@ def _judge(told: DetectorJudgement) -> tuple[str, str]:
     if num_normal:
         num_alarms = round(told.figures["false_alarm_rate"] * num_normal)
         counts.append(f"{num_alarms:,} of {num_normal:,} normal ones {'is' if num_alarms == 1 else 'are'} flagged")
-    promise = f"at a threshold that promises {told.threshold.rate:.1%} of false alarms."
+    promise = f"at a threshold that promises {to_percent(told.threshold.rate)} of false alarms."
     doubts = _list_doubts(told)
     return " ".join([f"{', and '.join(counts)}, {promise}", *doubts]), "warning" if doubts else "ok"
 

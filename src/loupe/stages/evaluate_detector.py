@@ -24,7 +24,7 @@ from loupe.stages.recording import record_results
 
 FOLDER, MODEL = REPORTS / "detector", MODELS / "detector"
 METRICS, PAGE = REPORTS / "metrics" / "detector.json", REPORTS / "detector.html"
-MOST_MAP_BYTES = 1 << 30  # of maps that are kept for figures over pixels, which take three times as much
+MOST_MAP_BYTES = 1 << 30  # of maps that are kept for figures over pixels, which take several times as much
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +101,9 @@ def _gather_masks(
 ) -> UInt8[np.ndarray, "num_images height width"]:
     """The masks of the images at `rows`; empty for images without one, which are normal."""
     masks = np.zeros((len(rows), prepared.geometry.height, prepared.geometry.width), np.uint8)
-    mask_rows = prepared.index["mask_row"].to_numpy()[rows]
-    masks[mask_rows >= 0] = prepared.masks[mask_rows[mask_rows >= 0]]
+    for mask, mask_row in zip(masks, prepared.index["mask_row"].to_numpy()[rows], strict=True):
+        if mask_row >= 0:
+            mask[:] = prepared.masks[mask_row]
     return masks
 
 

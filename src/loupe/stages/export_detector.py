@@ -14,6 +14,7 @@ from loupe.evaluation.agreement import Anomalies, compare_anomalies
 from loupe.models import export
 from loupe.models.detectors.base import Detector, detect
 from loupe.models.detectors.family import load_detector
+from loupe.models.detectors.tiling import TiledDetector
 from loupe.models.files import load_config
 from loupe.stages.files import MODELS, PREPARED, REPORTS
 from loupe.stages.recording import record_results
@@ -42,9 +43,14 @@ def export_detector(params: Params) -> None:
 
 
 def _detect_twice(detector: Detector, path: Path, prepared: Prepared) -> Iterator[tuple[Anomalies, Anomalies]]:
-    """Scores and maps of the test images by torch and by the file, both on the CPU, some at a time."""
-    exported = export.ExportedModel(path)
-    for images in prepared.read_batches(prepared.rows_of("test")):
+    """Scores and maps of the test images by torch and by the file, both on the CPU, some at a time.
+
+    A file looks at all tiles of a batch at once.
+    """
+    exported, num_tiles = export.ExportedModel(path), 1
+    if isinstance(detector, TiledDetector):
+        num_tiles = detector.config.rows * detector.config.columns
+    for images in prepared.read_batches(prepared.rows_of("test"), max(1, prepared.geometry.batch_size // num_tiles)):
         scores, maps = detect(detector, torch.from_numpy(images), len(images))
         exported_scores, exported_maps = exported.run(images)
         yield (scores.numpy(), maps.numpy()), (exported_scores, exported_maps)

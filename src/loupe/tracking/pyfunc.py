@@ -1,5 +1,6 @@
 """Our models as MLflow serves them: image files in, one row an image out."""
 
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from torch import Tensor
 
 from loupe.data.images import Geometry, choose_num_threads, read_image
-from loupe.errors import DataError
+from loupe.errors import ConfigError, DataError
 from loupe.evaluation.thresholds import check_false_alarm_rate, compute_threshold
 from loupe.models.classifiers import load_classifier
 from loupe.models.detectors.family import load_detector
@@ -37,6 +38,13 @@ class Options:
     false_alarm_rate: float | None = None
     embeddings: bool = False
     maps: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError where they contradict each other, or nothing could be above the threshold."""
+        if self.threshold is not None and self.false_alarm_rate is not None:
+            raise ConfigError("a threshold and a false-alarm rate are two ways to set the same: give one of them")
+        if self.threshold is not None and math.isnan(self.threshold):
+            raise ConfigError("a threshold must be a number, and nan is none: nothing is above it")
 
 
 class Predictor(Protocol):

@@ -32,7 +32,7 @@ class Detector(nn.Module, ABC):
 
     name: ClassVar[str]
     config_type: ClassVar[type]
-    least_images: ClassVar[int] = 2
+    least_images: int = 2
     config: Any
 
     @classmethod

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loupe.models.detectors.base import Batches, FeatureDetector
+from loupe.models.detectors.feature_autoencoder import Moments
 from loupe.models.detectors.features import FeatureConfig, Features, blur_maps, concatenate_levels
 
 # As in the paper: channels drawn at random, and what is added to each variance.
@@ -33,17 +34,13 @@ class Padim(FeatureDetector):
 
     @torch.no_grad()
     def fit_features(self, batches: Batches, generator: torch.Generator) -> None:
-        """One pass. The sums are in float32, whose error is far below RIDGE: they are the largest thing in memory."""
-        device = self.extractor.device
+        """One pass."""
+        device, moments = self.extractor.device, Moments()
         self.chosen = torch.randperm(self.num_channels, generator=generator)[: len(self.chosen)].to(device)
-        count, total, outer = 0, torch.zeros_like(self.mean), torch.zeros_like(self.whitening)
         for features in batches():
-            places = self._select(features)
-            count += len(places)
-            total += places.sum(dim=0)
-            outer += torch.einsum("npc,npd->pcd", places, places)
-        self.mean = total / count
-        covariance = (outer - count * self.mean[:, :, None] * self.mean[:, None, :]) / (count - 1)
+            moments.add(self._select(features).transpose(0, 1))
+        self.mean = moments.compute_mean().squeeze(1)
+        covariance = moments.pop_covariance().mul_(moments.count / (moments.count - 1))
         ridge = RIDGE * torch.eye(len(self.chosen), device=device)
         factor = torch.linalg.cholesky(covariance + ridge)
         identity = torch.eye(len(self.chosen), device=device)

@@ -42,6 +42,7 @@ class TiledDetector(TrainedDetector):
         super().__init__()
         self.config = TilingConfig(inner.name, inner.config, rows, columns)
         self.inner = inner
+        self.least_images = inner.least_images
 
     @classmethod
     def build(cls, config: TilingConfig, weights: str) -> "TiledDetector":
