@@ -321,3 +321,14 @@ def test_http_takes_another_rate_and_gives_maps(images, server):
 def test_a_served_model_refuses_what_does_not_go_together(params):
     with pytest.raises(ConfigError, match=r"nan is none|give one of them"):
         ImageModel().predict(None, pd.DataFrame({"image": [b""]}), params)
+
+
+def test_a_network_that_takes_no_empty_batch_answers_to_broken_files_alone(tmp_path):
+    config = ClassifierConfig("swin_tiny_patch4_window7_224", ["cat", "dog"], *[(32, 32)] * 2, (0.5,) * 3, (0.5,) * 3)
+    save_classifier(build_classifier(config, "none"), {"geometry": GEOMETRY.to_json()}, tmp_path)
+    model = ImageModel()
+    model.load(tmp_path)
+    answers = model.answer([b"broken"], Options(embeddings=True))
+    assert answers["problem"].str.contains("it is none of PNG").all()
+    assert answers.drop(columns="problem").isna().all(axis=None)
+    assert {"predicted", "probability_cat", "embedding"} < set(answers)

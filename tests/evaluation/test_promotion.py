@@ -126,7 +126,7 @@ def test_a_champion_is_not_compared_on_what_it_learnt_from():
     assert (decision.figures["num_images"], decision.figures["num_compared"]) == (100, 40)
 
 
-@pytest.mark.parametrize("num_seen", [99, 100])
+@pytest.mark.parametrize("num_seen", [81, 99, 100])
 def test_a_champion_that_learnt_from_too_much_is_undecided(num_seen):
     hold_out = HoldOut(np.array(["good", "crack"] * 50), "good")
     sound = Measured(np.arange(100) % 2 * 1.0, 10.0, 10)

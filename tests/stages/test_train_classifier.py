@@ -9,6 +9,7 @@ from loupe.stages.train_classifier import build_config, choose_recipe
 
 PHOTOS = Geometry(256, 256, 3, 224, 224, 224, 224, "crop", "bicubic")
 SMALL = Geometry(28, 28, 1, 28, 28, 64, 64, "crop", "bicubic")
+HALO = Geometry(292, 292, 3, 256, 256, 256, 256, "crop", "bicubic")
 CHOSEN = Geometry(320, 320, 3, 320, 320, 320, 320, "crop", "bicubic")
 
 
@@ -23,6 +24,7 @@ def prepare(num_images, geometry):
     [
         (1_999, {}, (1e-4, 1e-5, 0.5, False)),
         (1_999, {"recipe": "scratch"}, (2e-3, None, 0.0, True)),
+        (1_999, {"weights": "none"}, (2e-3, None, 0.0, True)),
         (2_000, {}, (2e-3, None, 0.0, True)),
         (2_000, {"learning_rate": 0.1, "frozen": 0.25}, (0.1, None, 0.25, True)),
     ],
@@ -60,6 +62,7 @@ def test_few_images_are_trained_on_again_with_those_of_val(num_images, geometry,
         (100, PHOTOS, {"recipe": "features"}, 256),
         (100, PHOTOS, {"recipe": "scratch_augmented"}, 224),
         (100, PHOTOS, {"backbone": "vit_tiny_patch16_224"}, 224),
+        (100, HALO, {"backbone": "halonet26t"}, 256),  # which takes no 288
         (100, SMALL, {}, 64),
         (100, CHOSEN, {}, 320),
         (2_000, PHOTOS, {}, 224),

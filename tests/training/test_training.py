@@ -448,6 +448,16 @@ def test_half_of_the_stages_may_be_frozen_from_the_input_on(name, frozen):
     assert list_trained(network) == whole
 
 
+def test_a_network_without_coarse_groups_is_frozen_layer_by_layer():
+    network = timm.create_model("rdnet_tiny")
+    whole = list_trained(network)
+    freeze_layers(network, 0.5)
+    trained = list_trained(network)
+    assert {"head.fc.weight", "head.fc.bias"} < trained < {name for name in whole if not name.startswith("stem")}
+    freeze_layers(network, 0.0)
+    assert list_trained(network) == whole
+
+
 def test_frozen_layers_keep_their_weights_and_statistics_and_can_be_trained_later(bright_and_dark, tmp_path):
     before = {key: value.clone() for key, value in build().state_dict().items()}
     classifier, _ = train(bright_and_dark, tmp_path, recipe_of("scratch", epochs=1, frozen=0.5))

@@ -11,6 +11,7 @@ from loupe.evaluation.anomaly import compute_resampled_metrics
 from loupe.evaluation.bootstrap import Interval, Weights, compute_intervals
 
 ENOUGH_IMAGES = 5  # of a class or kind, for a floor on it
+LEAST_COMPARED = 20  # of images, where the champion has learnt from others: fewer that agree would leave no doubt
 Choice = Literal["promoted", "kept", "undecided"]
 
 
@@ -100,7 +101,7 @@ def decide_promotion(
         return Decision("promoted", f"{said} passes the floor of {rules.floor:g}, and there was no champion", figures)
     if not np.isfinite(champion.answers).all():
         return Decision("promoted", f"{said} passes the floor, and the champion's answers are no numbers", figures)
-    if "champion" not in figures:
+    if "champion" not in figures or figures["num_compared"] < min(LEAST_COMPARED, figures["num_images"]):
         reason = f"{said} passes the floor, and the champion learnt from too many of the test images to be compared"
         return Decision("undecided", reason, figures)
     interval = _compare(hold_out, challenger, champion, rules.confidence, seed)

@@ -1,6 +1,7 @@
 """What of a network is trained, and by which of timm's optimizers, with a rate that decays from the head down."""
 
 import difflib
+from contextlib import suppress
 
 import torch
 from timm.models import group_parameters
@@ -71,7 +72,7 @@ def freeze_layers(backbone: nn.Module, share: float) -> None:
 
 def _number_stages(backbone: nn.Module) -> dict[str, int]:
     """Of each weight, from the input on; in a network that timm can't group, each layer is a stage."""
-    if hasattr(backbone, "group_matcher"):
+    with suppress(AttributeError, AssertionError):  # it has no such groups, or none so coarse
         numbers: dict[str, int] = group_parameters(backbone, backbone.group_matcher(coarse=True), reverse=True)  # type: ignore[operator]
         return numbers
     layers = [name.rpartition(".")[0] for name, _ in backbone.named_parameters()]

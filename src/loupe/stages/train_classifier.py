@@ -13,6 +13,7 @@ from loupe.data.loading import PreparedDataset
 from loupe.data.prepare import Prepared, load_prepared
 from loupe.data.split import load_tasks
 from loupe.data.transforms import build_augmentation
+from loupe.errors import ConfigError
 from loupe.models.classifiers import (
     ClassifierConfig,
     build_classifier,
@@ -21,6 +22,7 @@ from loupe.models.classifiers import (
     get_data_config,
     save_classifier,
 )
+from loupe.models.input_size import check_input_size
 from loupe.models.optimization import check_optimizer
 from loupe.models.weights import depends_on_size, describe_source
 from loupe.stages.files import MODELS, PREPARED, TASKS
@@ -30,7 +32,7 @@ from loupe.tracking.runs import log_epoch
 from loupe.training.classifier import RECIPES, Recipe, has_learnt_from_val, is_refitted, train_network
 from loupe.training.trainer import Schedule, choose_batch_size, choose_epochs, choose_precision
 
-# On two CPU cores the default backbone trains at about 0.9 million pixels a second: three minutes and a half.
+# On two CPU cores the default backbone trains at 0.6 to 1.3 million pixels a second: two to five minutes.
 BUDGET_PIXELS = 180e6
 LEAST_EPOCHS, MOST_EPOCHS, MOST_EPOCHS_FROM_SCRATCH = 2, 20, 60
 # With half of its stages frozen it trains at 1.2 to 1.5 million, so that two trainings of few images take as long. That
@@ -127,12 +129,16 @@ def _choose_size(section: Section, prepared: Prepared) -> tuple[int, int]:
     if not _is_few(section, prepared) or depends_on_size(section.backbone) or not size == crop == (native, native):
         return size
     side = 32 * round(native * ENLARGEMENT / 32)
+    try:
+        check_input_size(section.backbone, side, side, geometry.channels)
+    except ConfigError:
+        return size
     return side, side
 
 
 def _is_few(section: Section, prepared: Prepared) -> bool:
     """Whether a pretrained network has so few images that what it was taught before must be kept."""
-    return len(prepared.rows_of("train")) < MANY_IMAGES and not section.recipe.startswith("scratch")
+    return len(prepared.rows_of("train")) < MANY_IMAGES and _choose_weights(section) != "none"
 
 
 def choose_recipe(section: Section, prepared: Prepared) -> Recipe:

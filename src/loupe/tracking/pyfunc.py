@@ -101,10 +101,13 @@ class ImageModel(PythonModel):
             results = list(pool.map(self._read, contents))
         images = [result for result in results if isinstance(result, np.ndarray)]
         problems = [result if isinstance(result, str) else None for result in results]
-        shape = (0, self.geometry.height, self.geometry.width, self.geometry.channels)
-        batch = torch.from_numpy(np.stack(images) if images else np.zeros(shape, np.uint8)).permute(0, 3, 1, 2)
+        blank = np.zeros((self.geometry.height, self.geometry.width, self.geometry.channels), np.uint8)
+        batch = torch.from_numpy(np.stack(images or [blank])).permute(0, 3, 1, 2)  # not all networks take no image
         readable = [row for row, problem in enumerate(problems) if problem is None]
-        answers = {name: pd.Series(values, readable) for name, values in self.predict_batch(batch, options).items()}
+        answers = {
+            name: pd.Series(values[: len(readable)], readable)
+            for name, values in self.predict_batch(batch, options).items()
+        }
         return pd.DataFrame({**answers, "problem": pd.Series(problems, dtype="str")}, index=range(len(contents)))
 
     def _read(self, content: object) -> np.ndarray | str:
