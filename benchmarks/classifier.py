@@ -138,7 +138,7 @@ def make_images(folder: Path, setting: Setting) -> pd.DataFrame:
             pass
     rows = pd.DataFrame({"image_id": paths, "path": paths, "label": labels[: len(paths)], "mask_path": None})
     width, height = setting.size
-    return rows.assign(split="train", width=width, height=height, mode=setting.mode)
+    return rows.assign(split="train", width=width, height=height, mode=setting.mode, bits=None)
 
 
 def make_image(path: Path, setting: Setting) -> None:
