@@ -138,7 +138,8 @@ def make_images(folder: Path, setting: Setting) -> pd.DataFrame:
             pass
     rows = pd.DataFrame({"image_id": paths, "path": paths, "label": labels[: len(paths)], "mask_path": None})
     width, height = setting.size
-    return rows.assign(split="train", width=width, height=height, mode=setting.mode, bits=None)
+    sizes = [(folder / path).stat().st_size for path in paths]
+    return rows.assign(split="train", num_bytes=sizes, width=width, height=height, mode=setting.mode, bits=None)
 
 
 def make_image(path: Path, setting: Setting) -> None:
