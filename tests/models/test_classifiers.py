@@ -101,7 +101,7 @@ def test_the_head_alone_is_new(images):
 
 
 def test_unknown_weights_make_no_classifier():
-    with pytest.raises(WeightsError, match=r"train_classifier\.weights must be one of"):
+    with pytest.raises(WeightsError, match="`weights` must be one of"):
         build_classifier(config_of(), "imagenet")
 
 
