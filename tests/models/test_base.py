@@ -1,5 +1,3 @@
-import logging
-
 import pytest
 import torch
 
@@ -11,7 +9,6 @@ from loupe.models.detectors.features import FeatureConfig
 from loupe.models.detectors.padim import Padim
 
 SIZE = (64, 64)
-NUM_PASSES = 3
 
 
 def draw(num_images, seed=0):
@@ -31,60 +28,24 @@ class Batches:
             yield batch
 
 
-class SlowPadim(Padim):
-    """One that looks at the first batch, and goes through the features three times."""
-
-    def fit_features(self, batches, generator):
-        next(iter(batches()))
-        counts = [sum(len(features[0]) for features in batches()) for _ in range(NUM_PASSES - 1)]
-        assert counts == [36, 36]
-        super().fit_features(batches, generator)
-
-
 @pytest.fixture
-def build():
+def padim():
     data = get_data_config("tf_efficientnet_lite0")
-    config = FeatureConfig("tf_efficientnet_lite0", SIZE, SIZE, data.mean, data.std)
-    return lambda: SlowPadim.build(config, "package").eval()
+    return Padim.build(FeatureConfig("tf_efficientnet_lite0", SIZE, SIZE, data.mean, data.std), "package").eval()
 
 
-def count_bytes(detector, num_images):
-    return 4 * num_images * sum(channels * rows * columns for channels, rows, columns in detector.extractor.shapes)
-
-
-def fit(detector, most_bytes):
-    """How many images' features were computed, and what the log says."""
+def test_the_features_of_an_image_are_computed_once(padim):
     computed = []
-    detector.extractor.register_forward_hook(lambda module, inputs, outputs: computed.append(len(inputs[0])))
-    fit_detector(detector, Batches(draw(36)), seed=0, most_bytes=most_bytes)
-    return sum(computed)
+    padim.extractor.register_forward_hook(lambda module, inputs, outputs: computed.append(len(inputs[0])))
+    batches = Batches(draw(36))
+    fit_detector(padim, batches, seed=0)
+    assert computed == [8, 8, 8, 8, 4]
+    assert batches.read == 2 + 5  # so many as hold enough images, and one pass
 
 
-@pytest.mark.parametrize(("num_kept", "room"), [(0, 3.9), (16, 17.9), (20, 20), (36, 36)])
-def test_features_beyond_the_bound_are_computed_at_each_pass_and_the_result_is_the_same(build, caplog, num_kept, room):
-    caplog.set_level(logging.INFO, "loupe.models.detectors.base")
-    bounded, unbounded = build(), build()
-    num_computed = fit(bounded, int(count_bytes(bounded, room)))
-    assert caplog.messages == [
-        f"features of {num_kept} of 36 images are kept in memory; each pass computes the rest",
-    ]
-    assert num_kept <= room
-    looked_at_twice = 8 if num_kept == 0 else 0
-    assert num_computed == 36 + looked_at_twice + (NUM_PASSES - 1) * (36 - num_kept)
-    fit(unbounded, 1 << 30)
-    images = draw(4, seed=1)
-    torch.testing.assert_close(detect(bounded, images), detect(unbounded, images))
-
-
-def test_images_are_read_no_more_once_all_features_are_kept(build):
-    detector, batches = build(), Batches(draw(36))
-    fit_detector(detector, batches, seed=0)
-    assert batches.read == 2 + 1 + 5  # so many as hold enough images, the first, and one pass
-
-
-def test_too_few_images_are_counted_to_the_last_batch(build):
+def test_too_few_images_are_counted_to_the_last_batch(padim):
     with pytest.raises(DataError, match="needs at least 10 normal images to be fitted, got 9"):
-        fit_detector(build(), Batches(draw(9)), seed=0)
+        fit_detector(padim, Batches(draw(9)), seed=0)
 
 
 @pytest.mark.parametrize("name", ["feature_autoencoder", "padim", "knn_patches", "deep_feature_autoencoder"])

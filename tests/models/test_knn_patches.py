@@ -6,7 +6,7 @@ from loupe.models.classifiers import get_data_config
 from loupe.models.detectors.base import detect, fit_detector, save_detector
 from loupe.models.detectors.family import build_detector, load_detector
 from loupe.models.detectors.features import FeatureConfig
-from loupe.models.detectors.knn_patches import choose_far_apart, draw_patches
+from loupe.models.detectors.knn_patches import BANK_SIZE, choose_far_apart, draw_patches, find_nearest
 
 SIZE = (64, 96)
 
@@ -74,6 +74,21 @@ def draw_numbered(num_batches, room, seed=0):
     batches = [[finest, one, coarsest] for one in numbers]
     drawn = draw_patches(batches, torch.full((room, 2), torch.nan), torch.Generator().manual_seed(seed))
     return drawn[:, 0].tolist()
+
+
+def test_more_patches_than_may_be_kept_are_drawn_from_and_the_log_says_so(caplog):
+    caplog.set_level("INFO", "loupe.models.detectors.knn_patches")
+    detector, images = fit(), draw_gradients(48)  # of 8 x 12 places each
+    fit_detector(detector, images.split(8), seed=0, most_bytes=4 * detector.bank.shape[1] * 4200)
+    assert caplog.messages == ["4200 of 4608 patches are drawn, as no more are to be kept in memory"]
+    assert BANK_SIZE < 4200
+
+
+@pytest.mark.parametrize("size", [1, 512, 1300])
+def test_the_nearest_of_a_bank_is_that_of_the_least_distance(size):
+    generator = torch.Generator().manual_seed(size)
+    patches, bank = torch.randn(3, 40, 7, generator=generator), torch.randn(size, 7, generator=generator)
+    assert torch.equal(find_nearest(patches, bank), torch.cdist(patches, bank).argmin(dim=2))
 
 
 @pytest.mark.parametrize("room", [120, 500])

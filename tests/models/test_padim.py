@@ -72,7 +72,7 @@ def test_features_far_from_zero_that_hardly_vary_keep_their_covariance(fitted):
     shapes = fitted.extractor.shapes
     batches = [[300 + 0.1 * torch.randn(50, *shape, generator=generator) for shape in shapes] for _ in range(6)]
     detector = fit()
-    detector.fit_features(lambda: batches, torch.Generator().manual_seed(0))
+    detector.fit_features(batches, torch.Generator().manual_seed(0), most_bytes=0)
     place = torch.cat([detector._select(batch) for batch in batches])[:, 17].double()
     whitening = detector.whitening[17].double()
     found = torch.linalg.inv(whitening.T @ whitening)

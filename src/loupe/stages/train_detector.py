@@ -62,7 +62,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """How a detector without epochs is fitted: so much of the features is kept in memory."""
+    """How a detector without epochs is fitted: so much of the features may be kept in memory."""
 
     feature_bytes: int
 

@@ -1,8 +1,7 @@
 """What every detector is: uint8 images to raw anomaly scores and maps, fitted on normal images alone."""
 
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,9 +17,6 @@ from loupe.models.files import save_model
 from loupe.models.weights import build_backbone, build_options
 
 Images = Iterable[UInt8[Tensor, "_batch channels height width"]]
-Batches = Callable[[], Iterable[Features]]
-
-log = logging.getLogger(__name__)
 
 
 class Detector(nn.Module, ABC):
@@ -94,12 +90,12 @@ class FeatureDetector(Detector):
         return cls(config, build_backbone(config.backbone, weights, **options))
 
     @abstractmethod
-    def fit_features(self, batches: Batches, generator: torch.Generator) -> None:
-        """Fit to the features of at least `least_images` normal images.
+    def fit_features(self, batches: Iterable[Features], generator: torch.Generator, most_bytes: int) -> None:
+        """Fit to the features of at least `least_images` normal images, in one pass.
 
         Args:
-            batches: gives them from the start, as often as it is called.
             generator: what is drawn at random, where anything is; on the CPU.
+            most_bytes: so much of the features may be kept, by a detector that keeps any.
         """
 
     @abstractmethod
@@ -126,21 +122,20 @@ def check_num_images(detector: Detector, num_images: int) -> None:
         )
 
 
-def fit_detector(detector: FeatureDetector, images: Images, seed: int, most_bytes: int = 1 << 29) -> None:
+def fit_detector(detector: FeatureDetector, images: Images, seed: int, most_bytes: int = 1 << 28) -> None:
     """Fit to normal images, on the detector's device.
 
     Args:
-        images: batches; gone through more than once, so a list or a loader and no generator.
+        images: batches; begun twice, as they are counted first, so a list or a loader and no generator.
         seed: of what is drawn at random, where anything is.
-        most_bytes: so much of the features is kept in memory, and the rest computed at each pass again; those of one
-            batch come on top.
+        most_bytes: so much of the features may be kept; those of one batch, and what is summed up, come on top.
 
     Raises:
         DataError: if there are too few images; says how many are needed.
     """
     check_num_images(detector, _count_images(images, detector.least_images))
-    memory = _FeatureMemory(detector.extractor, images, most_bytes)
-    detector.eval().fit_features(memory.read, torch.Generator().manual_seed(seed))
+    batches = _extract_features(detector.eval().extractor, images)
+    detector.fit_features(batches, torch.Generator().manual_seed(seed), most_bytes)
 
 
 def _count_images(images: Images, enough: int) -> int:
@@ -153,38 +148,10 @@ def _count_images(images: Images, enough: int) -> int:
     return count
 
 
-class _FeatureMemory:
-    """Features batch by batch: those that fit in memory are computed once."""
-
-    def __init__(self, extractor: FeatureExtractor, images: Images, most_bytes: int) -> None:
-        self.extractor = extractor
-        self.images = images
-        self.bytes_left = most_bytes
-        self.kept: dict[int, Features] = {}
-        self.num_batches: int | None = None  # known after the first whole pass
-
-    @torch.inference_mode()
-    def read(self) -> Iterable[Features]:
-        if len(self.kept) == self.num_batches:
-            yield from self.kept.values()
-            return
-        sizes = []
-        for index, batch in enumerate(self.images):
-            features = self.kept.get(index) or self.extractor(batch.to(self.extractor.device))
-            if self.num_batches is None and index not in self.kept:  # a pass may have ended early
-                self._keep(index, features)
-            sizes.append(len(batch))
-            yield features
-        if self.num_batches is None:
-            self.num_batches = len(sizes)
-            counts = sum(sizes[index] for index in self.kept), sum(sizes)
-            log.info("features of %d of %d images are kept in memory; each pass computes the rest", *counts)
-
-    def _keep(self, index: int, features: Features) -> None:
-        num_bytes = sum(level.nbytes for level in features)
-        if num_bytes <= self.bytes_left:
-            self.bytes_left -= num_bytes
-            self.kept[index] = features
+@torch.inference_mode()
+def _extract_features(extractor: FeatureExtractor, images: Images) -> Iterator[Features]:
+    for batch in images:
+        yield extractor(batch.to(extractor.device))
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ To look for errors of rebuilt features is after FRE (Ndiour et al., 2022), to do
 """
 
 import math
+from collections.abc import Iterable
 from typing import TypeVar, cast
 
 import torch
@@ -15,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loupe.models.detectors.base import Batches, FeatureDetector
+from loupe.models.detectors.base import FeatureDetector
 from loupe.models.detectors.features import FeatureConfig, Features, Shape, blur_maps, concatenate_levels
 
 T = TypeVar("T")
@@ -135,12 +136,12 @@ class FeatureAutoencoder(FeatureDetector):
         return [levels[start : start + num_levels] for start in range(0, len(levels), num_levels)]
 
     @torch.no_grad()
-    def fit_features(self, batches: Batches, generator: torch.Generator) -> None:
-        """One pass."""
+    def fit_features(self, batches: Iterable[Features], generator: torch.Generator, most_bytes: int) -> None:
+        """Sums alone are kept."""
         for wiener in self.filters:
             wiener.draw_channels(generator)  # type: ignore[operator]
         moments = [Moments() for _ in self.filters]
-        for features in batches():
+        for features in batches:
             for wiener, view, sums in zip(self.filters, self._split(features), moments, strict=True):
                 sums.add(wiener.select(view))  # type: ignore[operator]
         for wiener, sums in zip(self.filters, moments, strict=True):

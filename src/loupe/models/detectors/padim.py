@@ -1,10 +1,12 @@
 """PaDiM: a Gaussian of the features at each place (Defard et al., 2021, arXiv:2011.08785)."""
 
+from collections.abc import Iterable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loupe.models.detectors.base import Batches, FeatureDetector
+from loupe.models.detectors.base import FeatureDetector
 from loupe.models.detectors.feature_autoencoder import Moments
 from loupe.models.detectors.features import FeatureConfig, Features, blur_maps, concatenate_levels
 
@@ -33,11 +35,11 @@ class Padim(FeatureDetector):
         self.register_buffer("whitening", torch.zeros(rows * columns, num_chosen, num_chosen))
 
     @torch.no_grad()
-    def fit_features(self, batches: Batches, generator: torch.Generator) -> None:
-        """One pass."""
+    def fit_features(self, batches: Iterable[Features], generator: torch.Generator, most_bytes: int) -> None:
+        """Sums alone are kept."""
         device, moments = self.extractor.device, Moments()
         self.chosen = torch.randperm(self.num_channels, generator=generator)[: len(self.chosen)].to(device)
-        for features in batches():
+        for features in batches:
             moments.add(self._select(features).transpose(0, 1))
         self.mean = moments.compute_mean().squeeze(1)
         covariance = moments.pop_covariance().mul_(moments.count / (moments.count - 1))
