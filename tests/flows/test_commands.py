@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -154,15 +155,36 @@ def test_stages_come_after_what_they_depend_on(monkeypatch):
     assert len(stages) == 12
 
 
-def test_a_stage_whose_parent_was_killed_ends_too(tmp_path):
+def test_a_stage_whose_parent_was_killed_ends_too():
     program = (
-        "import subprocess, sys, time\n"
-        "child = 'from loupe.stages.entry import _end_with_parent; import time; _end_with_parent(); time.sleep(600)'\n"
-        "print(subprocess.Popen([sys.executable, '-c', child]).pid, flush=True)\n"
-        "time.sleep(3); import os; os._exit(0)"
+        "import os, subprocess, sys\n"
+        "child = 'from loupe.stages.entry import end_with_parent; import time; end_with_parent(); '\n"
+        "child += 'print(chr(46), flush=True); time.sleep(600)'\n"
+        "stage = subprocess.Popen([sys.executable, '-c', child], stdout=subprocess.PIPE)\n"
+        "assert stage.stdout.read(2)\n"
+        "print(stage.pid, flush=True)\n"
+        "os._exit(0)"
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ)
-    child, deadline = int(answer.stdout), time.monotonic() + 10
-    while psutil.pid_exists(child) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not psutil.pid_exists(child)
+    assert ends(int(answer.stdout))
+
+
+def test_an_interruption_while_a_program_ends_is_not_heard():
+    program = (
+        "import atexit, signal, time\n"
+        "from loupe.stages.entry import ending_in_a_sentence\n"
+        "def end(): print('ending', flush=True); time.sleep(3); print('ended', flush=True)\n"
+        "atexit.register(end)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it\n"
+        "with ending_in_a_sentence(): print('at work', flush=True); time.sleep(600)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in ("at work\n", "ending\n"):
+            assert process.stdout.readline() == line
+            process.send_signal(signal.SIGINT)
+        told, complaints = process.communicate(timeout=60)
+    assert told == "ended\n"
+    assert complaints == "interrupted: what has ended is kept, and the same command goes on from there\n"
+    assert process.returncode == 128 + signal.SIGINT

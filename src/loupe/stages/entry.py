@@ -38,13 +38,15 @@ def run_stage(stage: Callable[[Params], None]) -> None:
 def ending_in_a_sentence() -> Iterator[None]:
     """Exit with 1 after one sentence where something can't be done, or the system refuses a file.
 
-    An interruption is one sentence too, and exits with 130.
+    An interruption is one sentence too, and exits with 130. What then ends with the process, such as Prefect's server,
+    takes its time: a further interruption is not heard.
 
     With LOUPE_TRACEBACK=1 in the environment the traceback is shown as well.
     """
     try:
         yield
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, lambda *_: None)
         sys.stdout.flush()
         sys.stderr.write("interrupted: what has ended is kept, and the same command goes on from there\n")
         sys.exit(128 + signal.SIGINT)
