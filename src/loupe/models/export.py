@@ -51,7 +51,7 @@ def export_classifier(
     `geometry`.
 
     Args:
-        classifier: on the CPU; it is put into evaluation mode.
+        classifier: on the CPU; it is put into evaluation mode, and computes nothing in place from then on.
         example: two images or more, as one alone would freeze the batch size.
         path: its folder is made.
         geometry: how an image file becomes one that is prepared, kept for whoever uses the file.
@@ -104,6 +104,7 @@ def export_network(
     resize and normalisation are inside. Weights of more than 1.5 GB lie beside it in `<name>.data`, because an ONNX
     file can't be larger than 2 GB.
     """
+    _leave_inputs_whole(network)
     with _quiet(), _without_garbage_collection():
         program = torch.onnx.export(
             network.eval(),
@@ -124,6 +125,13 @@ def export_network(
         onnx.checker.check_model(Path(folder) / path.name, full_check=True)
         for file in sorted(Path(folder).iterdir(), reverse=True):  # the weights, if apart, before what names them
             file.replace(path.parent / file.name)
+
+
+def _leave_inputs_whole(network: nn.Module) -> None:
+    """ONNX knows no operation in place: to take those of a network apart takes a third of the exporter's time."""
+    for module in network.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False  # type: ignore[assignment]
 
 
 @contextmanager
