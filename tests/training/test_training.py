@@ -412,10 +412,23 @@ def test_rates_decay_from_the_head_down():
     assert rates[id(backbone.conv_stem.weight)] < 0.001
 
 
-@pytest.mark.parametrize(("name", "expected"), [("adamw", {1e-3}), ("lamb", {1e-3}), ("sgd", {None})])
-def test_the_epsilon_is_of_optimizers_that_have_one(name, expected):
+@pytest.mark.parametrize("name", ["dense_network", "small_cnn", "lenet5", "alexnet"])
+def test_rates_decay_with_each_layer_of_the_courses_networks(name):
+    backbone = timm.create_model(name)
+    optimizer = build_optimizer(backbone, "adamw", 0.01, 0.0, 0.5)
+    rates = {id(one): group["lr"] for group in optimizer.param_groups for one in group["params"]}
+    layers = [layer for layer in backbone.modules() if hasattr(layer, "weight")]
+    assert len(layers) >= 3
+    for place, layer in enumerate(reversed(layers)):
+        assert rates[id(layer.weight)] == rates[id(layer.bias)] == 0.01 * 0.5**place
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("adamw", 1e-3), ("nadam", 1e-3), ("rmsproptf", 1e-10), ("lamb", 1e-6), ("sgd", None)]
+)
+def test_the_epsilon_is_of_adam_and_its_kin_alone(name, expected):
     optimizer = build_optimizer(build().backbone, name, 0.01, 0.0, 1.0, epsilon=1e-3)
-    assert {group.get("eps") for group in optimizer.param_groups} == expected
+    assert {group.get("eps") for group in optimizer.param_groups} == {expected}
 
 
 def test_an_epsilon_that_outweighs_the_gradients_leaves_the_weights_almost_as_they_are(bright_and_dark, tmp_path):

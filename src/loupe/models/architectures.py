@@ -7,6 +7,7 @@ residual networks are timm's own: vgg11, vgg13, vgg16, vgg19, resnet18 and so on
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Float
@@ -73,6 +74,11 @@ class FlatNetwork(nn.Module):
     def get_classifier(self) -> nn.Module:
         """The last layer."""
         return self.head
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """The number of the layer that a weight of that name belongs to, from the input on: timm's groups."""
+        layers = list(dict.fromkeys(name.rpartition(".")[0] for name, _ in self.named_parameters()))
+        return lambda name: layers.index(name.rpartition(".")[0])
 
     def reset_classifier(self, num_classes: int) -> None:
         """Make a new last layer."""

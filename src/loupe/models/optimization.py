@@ -10,6 +10,8 @@ from torch import nn
 
 from loupe.errors import ConfigError
 
+ADAM_EPSILON = 1e-8  # RMSProp of TensorFlow, AdaBelief and others add another to another quantity
+
 
 def check_optimizer(name: str) -> None:
     """See that timm has such an optimizer, and that it can make a step here.
@@ -47,13 +49,13 @@ def build_optimizer(
         learning_rate: of the head.
         layer_decay: each layer's rate is so many times that of the layer above (Clark et al., ELECTRA,
             arXiv:2003.10555, sec. 3.1); 1 gives all the same.
-        epsilon: of optimizers that have one, as Adam does; None leaves timm's.
+        epsilon: in place of Adam's, of it and of those that have the same; None leaves timm's.
     """
     decay = None if layer_decay == 1 else layer_decay
     optimizer = create_optimizer_v2(backbone, name, learning_rate, weight_decay, layer_decay=decay)
     for group in optimizer.param_groups:
         group["lr"] *= group.get("lr_scale", 1.0)  # timm's own schedules would do this; torch's do not
-        if epsilon is not None and "eps" in group:
+        if epsilon is not None and group.get("eps") == ADAM_EPSILON:
             group["eps"] = epsilon
     return optimizer
 

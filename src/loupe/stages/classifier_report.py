@@ -58,7 +58,9 @@ def describe_training(
         ("what the network sees", f"{sides[0]} pixels in {network.channels} channel{'s' * (network.channels > 1)}"),
         (
             "how it comes to that",
-            f"{geometry.fit} to {sides[2]}" + f", the centre of {sides[1]}" * (sides[1] != sides[2]),
+            f"{geometry.fit} to {sides[2]}"
+            + f", the centre of {sides[1]}" * (sides[1] != sides[2])
+            + f", resized to {sides[0]}" * (sides[0] != sides[1]),
         ),
         (
             "best epoch",

@@ -66,7 +66,7 @@ RECIPES: dict[RecipeName, Steps] = {
 class Recipe:
     """How the whole network is trained. `learning_rate` is the head's, and the peak of its schedule.
 
-    `epsilon` is what Adam and its kin add to the root of a mean squared gradient, None for their own.
+    `epsilon` is what Adam and its kin add to the root of a mean squared gradient, None for their own 1e-8.
     `size` is the (height, width) in pixels of what it learns from; it may be used on larger images.
     `l1` is the weight of the sum of absolute weights in the loss; `mixup` and `cutmix` are the alphas of their beta
     distributions, 0 for never; `ema_decay` is of the moving average of the weights, which is then what is validated
