@@ -137,14 +137,14 @@ def build_params(changes: Mapping[str, Any]) -> dict[str, Any]:
 
 def score_new_images(versions: tuple[str, ...]) -> dict[str, float]:
     """The accuracy of versions of the classifier on images that neither training nor promotion has seen."""
-    from loupe.tracking import registry  # torch and mlflow take seconds, and read the environment
+    from loupe.tracking import logged_models  # torch and mlflow take seconds, and read the environment
     from loupe.tracking.runs import connect
 
     client, files = connect("shapes"), sorted(Path("new_shapes").rglob("*.png"))
     labels = [file.parent.name for file in files]
     known = {version: client.get_model_version("shapes-classifier", version) for version in versions}
     return {
-        version: float((registry.predict_with(one, files)["predicted"] == labels).mean())
+        version: float((logged_models.predict_with(one, files)["predicted"] == labels).mean())
         for version, one in known.items()
     }
 

@@ -24,7 +24,7 @@ from loupe.evaluation.bootstrap import Interval
 from loupe.evaluation.drift import EMBEDDING, SCORE, Comparison, DriftJudgement
 from loupe.models.classifiers import ClassifierConfig, build_classifier, save_classifier
 from loupe.stages.entry import save_json
-from loupe.tracking import registry
+from loupe.tracking import logged_models, registry
 from loupe.tracking.pyfunc import ImageModel, Options
 from loupe.tracking.runs import connect, start_run
 
@@ -79,7 +79,7 @@ def _log_classifier(client, folder, files):
     rows = {"image_id": "0", "path": [path.name for path in files], "embedding": answers["embedding"]}
     save_table(pd.DataFrame(rows), folder / "reference.parquet")
     with start_run("classifier", {}, {}) as run_id:
-        uri = registry.log_model(folder, files[:2])
+        uri = logged_models.log_model(folder, files[:2])
     version = registry.register_version(client, "pets-classifier", run_id, uri)
     client.set_registered_model_alias("pets-classifier", "champion", version.version)
 

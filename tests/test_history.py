@@ -1,5 +1,7 @@
 import io
 import re
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -43,3 +45,8 @@ def test_what_a_person_wrote_is_shown_as_it_is():
 
 def test_an_empty_audit_is_an_empty_table():
     assert show()[0] == "The audit of tiles-detector"
+
+
+def test_who_reads_the_record_waits_for_no_network():
+    code = "import sys, loupe.history, loupe.runs; sys.exit(any(name in sys.modules for name in ('torch', 'timm')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -20,7 +20,7 @@ from loupe.errors import ConfigError, DataError, TrackingError
 from loupe.models.classifiers import ClassifierConfig, build_classifier, save_classifier
 from loupe.models.detectors.autoencoder import Autoencoder, AutoencoderConfig
 from loupe.models.detectors.base import save_detector
-from loupe.tracking import registry
+from loupe.tracking import logged_models, registry
 from loupe.tracking.audit import load_audit
 from loupe.tracking.runs import connect, log_results, start_run
 
@@ -82,7 +82,7 @@ class Project:
 
     def log(self, task, folder):
         with start_run(task, {}, {"task": task}) as run_id:
-            model_uri = registry.log_model(folder, sorted((self.folder / "pets").iterdir())[:2])
+            model_uri = logged_models.log_model(folder, sorted((self.folder / "pets").iterdir())[:2])
         self.save(f"models/{task}/run.json", {"run_id": run_id, "model_uri": model_uri})
 
     def evaluate(self, task):
@@ -413,7 +413,7 @@ def test_a_detector_is_judged_by_the_scores_of_the_model_that_mlflow_loads(open_
     project.promote()
     outcome = json.loads((project.folder / "reports/promotion.json").read_text())["detector"]
     version = registry.find_version(project.client, "detector-detector", outcome["version"])
-    scores = registry.predict_with(version, sorted((project.folder / "pets").iterdir()))["anomaly_score"]
+    scores = logged_models.predict_with(version, sorted((project.folder / "pets").iterdir()))["anomaly_score"]
     expected = roc_auc_score(np.array(LABELS) == "dog", scores)
     assert outcome["promotion/challenger"] == outcome["promotion/worst"] == pytest.approx(expected)
     assert outcome["reason"].startswith(f"image_auroc {expected:.4f} ")

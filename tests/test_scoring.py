@@ -25,7 +25,7 @@ from loupe.models.detectors.base import detect, save_detector
 from loupe.models.detectors.family import load_detector
 from loupe.models.export import ExportedModel, export_detector
 from loupe.scoring import Request, list_source, score_images
-from loupe.tracking import registry
+from loupe.tracking import logged_models, registry
 from loupe.tracking.pyfunc import ImageModel, Options
 from loupe.tracking.runs import connect, start_run
 
@@ -66,7 +66,7 @@ def store(tmp_path_factory, images):
         client = connect("pets")
         for task in ("classifier", "detector"):
             with start_run(task, {}, {}) as run_id:
-                uri = registry.log_model(folder / "models" / task, sorted((images / "a").iterdir())[:2])
+                uri = logged_models.log_model(folder / "models" / task, sorted((images / "a").iterdir())[:2])
             version = registry.register_version(client, f"pets-{task}", run_id, uri)
             client.set_registered_model_alias(version.name, "champion", version.version)
         yield folder

@@ -187,6 +187,7 @@ class Costs(Section):
     anomalous_fraction: OpenFraction
 
 
+TASK_NAMES = ("classifier", "detector")
 PIXEL_DETECTORS = ("autoencoder", "denoising_autoencoder", "vae")
 CLOSED_FORM_DETECTORS = ("feature_autoencoder", "padim", "knn_patches")
 

@@ -27,7 +27,7 @@ from loupe.reporting.charts import IntervalChart, Measured, build_interval_chart
 from loupe.reporting.page import render_page, save_page
 from loupe.stages.entry import save_json
 from loupe.stages.files import BUILT_IN, REPORTS, DataSet
-from loupe.tracking.registry import NUM_TIMED, load_model, measure_latencies
+from loupe.tracking.logged_models import NUM_TIMED, load_model, measure_latencies
 
 TASK, TAG = "detector", "detector_bench"
 NAMES: tuple[str, ...] = get_args(TrainDetector.model_fields["model"].annotation)

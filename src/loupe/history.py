@@ -7,9 +7,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from loupe.config import TASK_NAMES
 from loupe.errors import ConfigError
-from loupe.promotion import TASK_NAMES, check_reason, check_task, open_registry
 from loupe.stages.files import MODELS, SKIPPED
+from loupe.stages.operating import check_reason, check_task, open_registry
 from loupe.tracking import champions, registry
 from loupe.tracking.audit import DONE, UNDONE, Entry, load_audit, pair_with_ends
 

@@ -17,9 +17,9 @@ from loupe.reporting.page import render_page
 from loupe.stages.files import CALIBRATION, MANIFEST, MODELS, PREPARED, REPORTS, RUN, VALIDATION, load_data_set
 from loupe.tracking.audit import find_latest, load_audit
 from loupe.tracking.environment import name_device
+from loupe.tracking.logged_models import NUM_TIMED, load_model, measure_latencies
 from loupe.tracking.records import DATA_TAG, find_record, save_card
-from loupe.tracking.registry import NUM_TIMED, MlflowClient, load_model, measure_latencies
-from loupe.tracking.runs import connect, find_run
+from loupe.tracking.runs import MlflowClient, connect, find_run
 
 SPLITS = ("train", "val", "calibration", "test")
 MOST_LABELS = 40  # shown

@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from loupe.config import Params, PromoteTask
+from loupe.config import TASK_NAMES, Params, PromoteTask
 from loupe.data.manifest import compute_data_digest, load_table
 from loupe.data.split import load_tasks
-from loupe.errors import ConfigError, DataError, TrackingError
+from loupe.errors import DataError, TrackingError
 from loupe.evaluation.agreement import Agreement
 from loupe.evaluation.promotion import Decision, HoldOut, Measured, decide_promotion
 from loupe.model_card import check_card_files
 from loupe.stages.entry import save_json
 from loupe.stages.files import LISTING, MODELS, PREPARED, PROMOTION, REPORTS, RUN, SEEN, SKIPPED, TASKS, load_data_set
-from loupe.tracking import champions, registry
+from loupe.stages.operating import check_reason, check_task, open_registry
+from loupe.tracking import champions, logged_models, registry
 from loupe.tracking.audit import (
     KEPT,
     OVERRIDDEN,
@@ -29,11 +30,10 @@ from loupe.tracking.audit import (
     find_latest,
     load_audit,
 )
+from loupe.tracking.logged_models import LoadedModel
 from loupe.tracking.records import find_record
-from loupe.tracking.registry import LoadedModel
-from loupe.tracking.runs import connect, find_run
+from loupe.tracking.runs import find_run
 
-TASK_NAMES = ("classifier", "detector")
 _Recalled = tuple[str, str, dict[str, Any]]  # a word of the audit, the reason, the figures
 
 log = logging.getLogger(__name__)
@@ -129,30 +129,6 @@ def override(task: str, reason: str) -> None:
     entry = Entry(OVERRIDDEN, version, champion, version, champions.name_user(), reason, digest)
     champions.record(trained.client, trained.name, entry)
     log.info("%s: version %s is champion, as %s says: %s", trained.name, version, entry.who, reason)
-
-
-def open_registry() -> tuple[registry.MlflowClient, str]:
-    """The store, and the name of the present data set, with which its models' names begin.
-
-    Raises:
-        DataError: if nothing was ingested.
-    """
-    if not LISTING.exists():
-        raise DataError(f"{LISTING} does not exist: `loupe run` makes it, in the project's folder")
-    name = load_data_set().name
-    return connect(name), name
-
-
-def check_reason(reason: str) -> None:
-    """Refuse an empty one: it is what the audit will say."""
-    if not reason.strip():
-        raise ConfigError("--reason must say why, in a few words: it is kept in the audit")
-
-
-def check_task(task: str) -> None:
-    """Refuse one that does not exist."""
-    if task not in TASK_NAMES:
-        raise ConfigError(f"the task must be {' or '.join(TASK_NAMES)}, got {task!r}")
 
 
 def _find_trained(task: str) -> _Trained:
@@ -255,9 +231,9 @@ def _decide(
 ) -> Decision:
     """Load the challenger and the champion, if there is one, and test both on the same images."""
     uris = [trained.model_uri, *([f"models:/{trained.name}/{champion}"] if champion else [])]
-    models = [registry.load_model(uri) for uri in uris]
+    models = [logged_models.load_model(uri) for uri in uris]
     files = list(hold_out["file"])
-    latencies = registry.measure_latencies(models, files)
+    latencies = logged_models.measure_latencies(models, files)
     measured = [
         Measured(_answer(trained.task, model, hold_out), latency, model.num_bytes, _find_seen(model, hold_out))
         for model, latency in zip(models, latencies, strict=True)

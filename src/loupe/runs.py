@@ -7,13 +7,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from loupe.config import TASK_NAMES
 from loupe.errors import ConfigError
 from loupe.stages.files import LISTING, load_data_set
 from loupe.tracking.records import (
     DATA_TAG,
     REPRODUCES_TAG,
     SHORT,
-    TASKS,
     Record,
     find_record,
     list_records,
@@ -34,8 +34,8 @@ def show_runs(experiment: str | None, task: str | None, most: int) -> None:
         ConfigError: if there is no such task, or no data yet to go by.
         TrackingError: if the store has no such experiment.
     """
-    if task is not None and task not in TASKS:
-        raise ConfigError(f"--task must be {' or '.join(TASKS)}, got {task!r}")
+    if task is not None and task not in TASK_NAMES:
+        raise ConfigError(f"--task must be {' or '.join(TASK_NAMES)}, got {task!r}")
     if experiment is None and not LISTING.exists():
         raise ConfigError(f"{LISTING} does not exist, which names the data: give --experiment, or run the stages first")
     name = experiment or load_data_set().name

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 from PIL import Image
 
+from loupe.config import TASK_NAMES
 from loupe.data.images import read_image
 from loupe.data.manifest import save_table
 from loupe.data.sources import READ, SUFFIXES, TABLE_READERS, list_files, name_source, read_table
@@ -29,7 +30,6 @@ from loupe.tracking.pyfunc import ImageModel, Options
 from loupe.tracking.runs import connect
 
 PART_SIZE = 256  # images
-TASKS = ("classifier", "detector")
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ def load_scorers(request: Request) -> list[Scorer]:
     if "@" in request.model or "/" in request.model:
         names = [request.model]
     else:
-        names = [f"{data_set}-{task}@{request.model}" for task in TASKS]
+        names = [f"{data_set}-{task}@{request.model}" for task in TASK_NAMES]
     versions = [version for name in names if (version := find_named(client, name)) is not None]
     if not versions:
         raise TrackingError(f"MLflow's registry has no model {' or '.join(names)}: `loupe promote` makes champions")

@@ -65,7 +65,7 @@ from loupe.cli import app
 from loupe.data.images import Geometry
 from loupe.data.manifest import save_table
 from loupe.models.classifiers import ClassifierConfig, build_classifier, save_classifier
-from loupe.tracking import registry
+from loupe.tracking import logged_models, registry
 from loupe.tracking.pyfunc import ImageModel, Options
 from loupe.tracking.runs import connect, start_run
 from pipelines import scoring
@@ -85,7 +85,7 @@ embeddings = model.answer([path.read_bytes() for path in known], Options(embeddi
 paths = [path.name for path in known]
 save_table(pd.DataFrame({"image_id": "0", "path": paths, "embedding": embeddings}), folder / "reference.parquet")
 with start_run("classifier", {}, {}) as run_id:
-    uri = registry.log_model(folder, known[:2])
+    uri = logged_models.log_model(folder, known[:2])
 version = registry.register_version(client, "pets-classifier", run_id, uri).version
 client.set_registered_model_alias("pets-classifier", "champion", version)
 

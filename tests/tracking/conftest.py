@@ -4,7 +4,7 @@ from PIL import Image
 
 from loupe.data.images import Geometry
 from loupe.models.classifiers import ClassifierConfig, build_classifier, save_classifier
-from loupe.tracking import registry
+from loupe.tracking import logged_models, registry
 from loupe.tracking.runs import connect, start_run
 
 
@@ -20,7 +20,7 @@ class Store:
         for path in examples:
             Image.fromarray(np.full((32, 32, 3), 99, np.uint8)).save(path)
         with start_run("classifier", {}, {}) as run_id:
-            self.model_uri = registry.log_model(folder / "model", examples)
+            self.model_uri = logged_models.log_model(folder / "model", examples)
         self.experiment_id = self.client.get_run(run_id).info.experiment_id
 
     def register(self, name):

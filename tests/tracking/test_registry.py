@@ -8,7 +8,7 @@ from loupe.data.images import Geometry
 from loupe.models.classifiers import ClassifierConfig, build_classifier, save_classifier
 from loupe.models.detectors.autoencoder import Autoencoder, AutoencoderConfig
 from loupe.models.detectors.base import save_detector
-from loupe.tracking import registry
+from loupe.tracking import logged_models, registry
 from loupe.tracking.runs import connect, start_run
 
 GEOMETRY = Geometry(32, 32, 3, 32, 32, 32, 32, "squash", "bilinear")
@@ -44,7 +44,7 @@ def save_small_detector(folder):
 
 def register(client, folder, examples, name):
     with start_run("training", {}, {}) as run_id:
-        model_uri = registry.log_model(folder, examples)
+        model_uri = logged_models.log_model(folder, examples)
     return registry.register_version(client, name, run_id, model_uri)
 
 
@@ -64,7 +64,7 @@ def test_images_of_different_sizes_and_modes_are_scored_together(client, image_f
     version = register(client, save_small_detector(tmp_path / "model"), image_files, "images-detector")
     grey = tmp_path / "grey.png"
     Image.new("L", (7, 90), 128).save(grey)
-    assert len(registry.predict_with(version, [*image_files, grey])) == 3
+    assert len(logged_models.predict_with(version, [*image_files, grey])) == 3
 
 
 def test_no_pickle_is_written(client, image_files, tmp_path):
@@ -99,10 +99,10 @@ def test_a_version_that_does_not_exist_is_none(client, image_files, tmp_path):
 def test_size_is_that_of_the_folder_that_training_wrote_and_latency_is_of_each_model(client, image_files, tmp_path):
     folder = save_small_classifier(tmp_path / "model")
     version = register(client, folder, image_files, "images-classifier")
-    loaded = [registry.load_model(uri) for uri in (version.source, "models:/images-classifier/1")]
+    loaded = [logged_models.load_model(uri) for uri in (version.source, "models:/images-classifier/1")]
     num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert [model.num_bytes for model in loaded] == [num_bytes] * 2
-    latencies = registry.measure_latencies(loaded, image_files)
+    latencies = logged_models.measure_latencies(loaded, image_files)
     assert len(latencies) == 2
     assert all(latency > 0 for latency in latencies)
 
@@ -117,7 +117,7 @@ def test_logged_model_answers_as_the_model_in_memory(client, image_files, tmp_pa
     version = register(client, folder, image_files, "images-classifier")
     images = np.stack([fit_image(open_image(path), GEOMETRY) for path in image_files])
     expected = predict_probabilities(load_classifier(folder), torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
-    answer = registry.predict_with(version, image_files)
+    answer = logged_models.predict_with(version, image_files)
     np.testing.assert_allclose(answer[["probability_cat", "probability_dog"]].to_numpy(), expected, atol=1e-6)
 
 

@@ -34,7 +34,7 @@ from loupe.stages.files import (
     DataSet,
     load_data_set,
 )
-from loupe.tracking.registry import log_model
+from loupe.tracking.logged_models import log_model
 from loupe.tracking.runs import (
     connect,
     end_dead_runs,

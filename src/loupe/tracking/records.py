@@ -12,11 +12,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from loupe.config import PIXEL_DETECTORS
+from loupe.config import PIXEL_DETECTORS, TASK_NAMES
 from loupe.errors import TrackingError
 from loupe.tracking.runs import ENVIRONMENT, FAILURE_TAG, PATCH, end_dead_runs, name_store
 
-TASKS = ("classifier", "detector")
 SHORT = 8  # characters of an id, as it is shown
 TASK_TAG, REPRODUCES_TAG, DATA_TAG = "task", "reproduces", "data_digest"
 CARD = "model_card.md"
@@ -89,7 +88,7 @@ def list_records(client: MlflowClient, experiment: str, task: str | None = None,
     end_dead_runs(client, known.experiment_id)
     runs = [
         run
-        for one in (TASKS if task is None else (task,))
+        for one in (TASK_NAMES if task is None else (task,))
         for run in client.search_runs(
             [known.experiment_id],
             f"tags.{TASK_TAG} = '{one}'",
@@ -113,7 +112,7 @@ def find_record(client: MlflowClient, run_id: str) -> Record:
         raise TrackingError(f"a run is named by its id or the beginning of it, got {run_id!r}: `loupe runs` shows them")
     experiments = {one.experiment_id: one.name for one in client.search_experiments()}
     known = client.search_runs(list(experiments), f"attributes.run_id LIKE '{run_id}%'")
-    runs = [run for run in known if run.data.tags.get(TASK_TAG) in TASKS]
+    runs = [run for run in known if run.data.tags.get(TASK_TAG) in TASK_NAMES]
     if not runs:
         raise TrackingError(f"{name_store()} holds no training {run_id}: `loupe runs` shows them")
     if len(runs) > 1:
@@ -126,7 +125,7 @@ def find_record(client: MlflowClient, run_id: str) -> Record:
 def _list_versions(client: MlflowClient, experiment: str) -> dict[str, tuple[str, list[str]]]:
     """Number and aliases of the version of a run, by its id. Models are named after experiment and task."""
     found: dict[str, tuple[str, list[str]]] = {}
-    for task in TASKS:
+    for task in TASK_NAMES:
         versions = client.search_model_versions(f"name='{experiment}-{task}'")
         aliases = client.get_registered_model(f"{experiment}-{task}").aliases if versions else {}
         for version in versions:
