@@ -133,7 +133,8 @@ def test_a_program_that_loses_an_interruption_is_told_again():
     program = (
         f"from loupe.cli import starting; starting.PATIENCE_SECONDS = 0.2; sys.exit(starting._follow({STUBBORN!r}))"
     )
-    command = [sys.executable, "-c", f"import sys; {program}"]
+    heard = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)"  # a shell's background job would ignore it
+    command = [sys.executable, "-c", f"import sys; {heard}; {program}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as run:
         assert run.stdout is not None
         assert run.stdout.readline() == "ready\n"

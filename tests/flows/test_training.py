@@ -183,11 +183,16 @@ def test_a_folder_of_ones_own_is_run_without_the_built_in_set(project, summary, 
     assert not (project / "data/fashion_mnist/images").exists()
 
 
+def hear_interruptions():
+    """Tests that a shell runs with & have them ignored, and so would what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_an_interruption_is_one_sentence_and_leaves_nothing_running(project, summary, environment):
     command = ["loupe", "run", "--set", "seed=7"]
     with subprocess.Popen(
         command, cwd=project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
+        start_new_session=True, preexec_fn=hear_interruptions,
     ) as run:  # fmt: skip
         assert run.stdout is not None
         begun = next(line for line in run.stdout if "Running stage" in line)
